@@ -1,0 +1,1 @@
+"""Triton kernels of pyeditfast, one op a file; imported as ``pyeditfast_kernels``."""

@@ -1,0 +1,109 @@
+"""Edited models on disk: Transformers' files, plus the editor's state in safetensors and JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from pyeditfast.model.edit_modules import EditModule
+
+STATE_FILE = "pyeditfast.json"
+TENSOR_FILE = "pyeditfast.safetensors"
+FORMAT = 1
+SAMPLES = 4096
+
+
+def fingerprint(modules: Sequence[EditModule]) -> str:
+    """Return a digest of evenly spaced samples of the edited weights."""
+    digest = hashlib.sha256()
+    for item in modules:
+        flat = item.weight.reshape(-1) if item.weight.is_contiguous() else item.weight.T.reshape(-1)
+        sample = flat[:: max(1, flat.numel() // SAMPLES)].float().cpu().contiguous()
+        digest.update(item.name.encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(
+    directory: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    modules: Sequence[EditModule],
+    state: dict[str, Any],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Write model, tokenizer and state to ``directory``.
+
+    Everything is written beside it first, then moved in, the JSON state last: an interrupted save
+    leaves either the old state or a fingerprint that ``load_state`` refuses.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file; a directory is needed")
+    directory.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    try:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        save_file({name: t.contiguous() for name, t in tensors.items()}, staging / TENSOR_FILE)
+        record = {"format": FORMAT, **state, "fingerprint": fingerprint(modules)}
+        (staging / STATE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        for source in sorted(staging.iterdir(), key=lambda path: path.name == STATE_FILE):
+            os.replace(source, directory / source.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load_state(directory: Path, method: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the JSON state and the tensors of an editor of ``method``."""
+    path = directory / STATE_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} holds no {STATE_FILE}; it was not saved by an editor")
+    state = json.loads(path.read_text())
+    if state.get("format") != FORMAT or state.get("method") != method:
+        raise ValueError(
+            f"{path} is of format {state.get('format')!r}, method {state.get('method')!r}; "
+            f"format {FORMAT}, method {method!r} is needed"
+        )
+    return state, load_file(directory / TENSOR_FILE)
+
+
+def check_fingerprint(
+    directory: Path, state: dict[str, Any], modules: Sequence[EditModule]
+) -> None:
+    """Raise ``ValueError`` unless the edited weights are those that ``state`` was saved with."""
+    if fingerprint(modules) != state["fingerprint"]:
+        raise ValueError(
+            f"the weights in {directory} are not those that {STATE_FILE} was saved with; "
+            "the save was interrupted or the model replaced"
+        )
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device_map: str | dict[str, str | int] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the causal language model and the tokenizer of a directory or hub name.
+
+    ``dtype="auto"`` keeps the dtype of the files. No remote code is run.
+    """
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    return model, tokenizer

@@ -1,0 +1,54 @@
+"""What an editing run did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """An edit that was not carried out: its number in the run (from 0), prompt, target and the
+    reason.
+    """
+
+    index: int
+    prompt: str
+    target: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"edit {self.index} ({self.prompt[:60]!r} -> {self.target[:40]!r}): {self.reason}"
+
+
+@dataclass
+class EditReport:
+    """The outcome of ``edit``.
+
+    ``edits`` carried out in ``turns``; those ``rejected``, with reasons; ``seconds`` by phase, with
+    the wall clock under ``"total"``; ``peak_memory_bytes``: allocated on the CUDA devices, or the
+    process's resident set on a CPU.
+    """
+
+    edits: int = 0
+    turns: int = 0
+    rejected: list[Rejection] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+
+    @property
+    def edits_per_second(self) -> float:
+        """Return the edits carried out per second of wall clock, 0 before any."""
+        total = self.seconds.get("total", 0.0)
+        return self.edits / total if total > 0 else 0.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.edits} edits in {self.turns} turns, {self.edits_per_second:.1f} edits/s, "
+            f"{len(self.rejected)} rejected, peak memory {self.peak_memory_bytes / 2**20:.0f} MiB"
+        ]
+        phases = sorted(self.seconds.items(), key=lambda item: -item[1])
+        lines.append(", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases))
+        lines.extend(f"rejected {rejection}" for rejection in self.rejected[:5])
+        if len(self.rejected) > 5:
+            lines.append(f"... and {len(self.rejected) - 5} more rejected")
+        return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Running a causal language model on many short sequences: packing, passes, capture."""

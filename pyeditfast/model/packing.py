@@ -1,0 +1,164 @@
+"""All sequences of a pass in one row, without padding; only the attention pads again.
+
+Transformers lets a package register an attention function. Ours gets ``q``, ``k``, ``v`` of the
+packed row ``[1, heads, tokens, head_dim]``, lays the sequences out as rows padded on the right, and
+runs causal attention: under a causal mask, padding on the right needs no mask at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+ATTENTION_NAME = "pyeditfast_packed"
+
+
+class PackingUnsupportedError(Exception):
+    """A model's attention asks for something that the packed form does not do."""
+
+
+class PackedLayout:
+    """Where each sequence of a packed row lies.
+
+    ``lengths`` are the tokens of the sequences, in order. Index tensors are kept per device, since
+    a model may be spread over several.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = list(lengths)
+        self.longest = max(self.lengths)
+        self._indices: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of tokens of the row."""
+        return sum(self.lengths)
+
+    def positions(self) -> Tensor:
+        """Return the position of each token in its own sequence, ``[tokens]`` int64."""
+        return torch.cat([torch.arange(length) for length in self.lengths])
+
+    def indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return ``to_rows`` ``[sequences · longest]`` and ``to_packed`` ``[tokens]``, int64.
+
+        A pad slot reads the last token of its own sequence, so that a NaN never crosses to a
+        neighbour.
+        """
+        if device not in self._indices:
+            lengths = torch.tensor(self.lengths)
+            starts = lengths.cumsum(0) - lengths
+            slots = torch.arange(self.longest)
+            to_rows = starts[:, None] + torch.minimum(slots[None, :], lengths[:, None] - 1)
+            real = slots[None, :] < lengths[:, None]
+            to_packed = real.flatten().nonzero().squeeze(1)
+            self._indices[device] = (to_rows.flatten().to(device), to_packed.to(device))
+        return self._indices[device]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packed_layout: PackedLayout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each sequence of a packed row.
+
+    ``query`` ``[1, heads, tokens, head_dim]``, ``key`` and ``value`` with possibly fewer heads;
+    returns ``[1, tokens, heads, head_dim]``. The signature is Transformers' (hence ``options``,
+    which other attention functions need). Raises ``PackingUnsupportedError`` for what a causal mask
+    alone cannot express.
+    """
+    if packed_layout is None:
+        raise PackingUnsupportedError("its layers do not pass keyword arguments to the attention")
+    if sliding_window is not None and sliding_window < packed_layout.longest:
+        raise PackingUnsupportedError(
+            f"its sliding window of {sliding_window} is shorter than a prompt"
+        )
+    if softcap is not None:
+        raise PackingUnsupportedError("its attention is soft-capped")
+    if is_causal is False:
+        raise PackingUnsupportedError("its attention is not causal")
+    for name in ("s_aux", "position_bias"):
+        if options.get(name) is not None:
+            raise PackingUnsupportedError(f"its attention takes {name}")
+    if (
+        query.shape[0] != 1
+        or query.shape[2] != packed_layout.tokens
+        or key.shape[2] != query.shape[2]
+    ):
+        raise PackingUnsupportedError(
+            f"its attention reshapes the packed row to {tuple(query.shape)}"
+        )
+    to_rows, to_packed = packed_layout.indices(query.device)
+    sequences, longest = len(packed_layout.lengths), packed_layout.longest
+
+    def rows(packed: Tensor) -> Tensor:
+        # [1, heads, tokens, head_dim] -> [sequences, heads, longest, head_dim]
+        laid_out = packed[0].transpose(0, 1).index_select(0, to_rows)
+        return laid_out.unflatten(0, (sequences, longest)).transpose(1, 2)
+
+    attended = scaled_dot_product_attention(
+        rows(query),
+        rows(key),
+        rows(value),
+        dropout_p=dropout,
+        is_causal=True,
+        scale=scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return attended.transpose(1, 2).flatten(0, 1).index_select(0, to_packed).unsqueeze(0), None
+
+
+def _no_mask(*args: Any, **options: Any) -> None:
+    return None
+
+
+@contextlib.contextmanager
+def packed_attention_enabled(model: PreTrainedModel) -> Iterator[None]:
+    """Let ``model`` dispatch its attention to ``packed_attention`` inside a ``with`` block, then
+    restore its own.
+    """
+    AttentionInterface.register(ATTENTION_NAME, packed_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+    configs = _attention_configs(model)
+    previous = [config._attn_implementation_internal for config in configs]
+    try:
+        # The private attribute, because the public setter has no way back for composite models that
+        # mix implementations.
+        for config in configs:
+            config._attn_implementation_internal = ATTENTION_NAME
+        yield
+    finally:
+        for config, implementation in zip(configs, previous, strict=True):
+            config._attn_implementation_internal = implementation
+
+
+def _attention_configs(model: PreTrainedModel) -> list[Any]:
+    found = {id(model.config): model.config}
+    for submodule in model.modules():
+        config = getattr(submodule, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation_internal"):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def packing_refused(model: PreTrainedModel) -> str | None:
+    """Return why ``model`` cannot be packed as far as its class tells, None if it may be."""
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not use Transformers' attention interface"
+    return None

@@ -1,0 +1,247 @@
+"""Forward passes over many sequences, packed where the model allows it and padded where not."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pyeditfast.errors import PassTooLargeError
+from pyeditfast.model.memory import default_tokens_per_pass, is_out_of_memory
+from pyeditfast.model.packing import (
+    PackedLayout,
+    PackingUnsupportedError,
+    packed_attention_enabled,
+    packing_refused,
+)
+from pyeditfast.model.passes import cut_passes
+from pyeditfast.model.sequences import AnswerSequence
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+CHECK_TOLERANCE = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-3,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}
+"""Largest relative difference of packed and padded hidden states; a leak between sequences is of
+order 1.
+"""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The sequences of one pass as model inputs.
+
+    ``answer_slots`` ``[n]`` index the answer positions among the flattened tokens of the pass,
+    sequence by sequence; ``targets`` ``[n]`` are the tokens that should follow.
+    """
+
+    inputs: dict[str, Any]
+    answer_slots: Tensor
+    targets: Tensor
+
+
+def packed_batch(sequences: Sequence[AnswerSequence]) -> Batch:
+    """Concatenate sequences to one row ``[1, tokens]`` with positions."""
+    layout = PackedLayout([len(sequence) for sequence in sequences])
+    starts = torch.tensor([0, *layout.lengths]).cumsum(0)[:-1]
+    tokens = torch.tensor([token for sequence in sequences for token in sequence.tokens])
+    inputs = {
+        "input_ids": tokens.unsqueeze(0),
+        "position_ids": layout.positions().unsqueeze(0),
+        "packed_layout": layout,
+    }
+    return Batch(inputs, *_answers(sequences, starts.tolist()))
+
+
+def padded_batch(sequences: Sequence[AnswerSequence]) -> Batch:
+    """Pad sequences on the right to ``[sequences, longest]`` with an attention mask."""
+    longest = max(len(sequence) for sequence in sequences)
+    tokens = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : len(sequence)] = torch.tensor(sequence.tokens)
+        mask[row, : len(sequence)] = 1
+    starts = [row * longest for row in range(len(sequences))]
+    return Batch({"input_ids": tokens, "attention_mask": mask}, *_answers(sequences, starts))
+
+
+def _answers(sequences: Sequence[AnswerSequence], starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    slots = [
+        torch.arange(start + sequence.first_answer, start + len(sequence))
+        for sequence, start in zip(sequences, starts, strict=True)
+    ]
+    targets = [token for sequence in sequences for token in sequence.targets]
+    return torch.cat(slots), torch.tensor(targets)
+
+
+@dataclass
+class ModelRunner:
+    """Runs a causal language model on passes of sequences.
+
+    ``packing``: None decides by the model (and checks it once, packed against padded), True
+    insists, False pads. ``tokens_per_pass``: None fits half of the free memory; halved whenever a
+    pass runs out of memory. ``graph_layers``: blocks whose activations a backward pass will keep,
+    for that estimate.
+    """
+
+    model: PreTrainedModel
+    packing: bool | None = None
+    tokens_per_pass: int | None = None
+    graph_layers: int = 0
+    packing_reason: str = field(default="not decided yet", init=False)
+
+    def __post_init__(self) -> None:
+        if self.tokens_per_pass is not None and self.tokens_per_pass < 1:
+            raise ValueError(f"tokens_per_pass is {self.tokens_per_pass}; 1 or more is needed")
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the input embedding, where token ids go."""
+        embedding = self.model.get_input_embeddings()
+        assert isinstance(embedding, nn.Module)
+        weight = next(embedding.parameters())
+        return self.model.device if weight.device.type == "meta" else weight.device
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Return every device that holds parameters."""
+        found = {parameter.device for parameter in self.model.parameters()}
+        return sorted((device for device in found if device.type != "meta"), key=str) or [
+            self.device
+        ]
+
+    def run_in_passes(
+        self,
+        sequences: Sequence[AnswerSequence],
+        run: Callable[[list[AnswerSequence]], Result],
+    ) -> list[tuple[list[AnswerSequence], Result]]:
+        """Call ``run`` on passes of ``sequences`` (longest first) and return each pass with its
+        result.
+
+        A pass that runs out of memory is cut in two and tried again, and later passes stay that
+        small. Raises ``PassTooLargeError`` where a single sequence does not fit.
+        """
+        if not sequences:
+            return []
+        if self.tokens_per_pass is None:
+            self.tokens_per_pass = default_tokens_per_pass(
+                self.model, self.devices, self.graph_layers
+            )
+        waiting = cut_passes(sequences, self.tokens_per_pass)[::-1]
+        results = []
+        while waiting:
+            current = waiting.pop()
+            try:
+                results.append((current, run(current)))
+                continue
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = str(error).splitlines()[0]
+            # Outside the except block: the traceback no longer holds the tensors of the failed
+            # pass.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            tokens = sum(len(sequence) for sequence in current)
+            if len(current) == 1:
+                raise PassTooLargeError(
+                    f"one sequence of {tokens} tokens does not fit in memory: {failure}"
+                )
+            self.tokens_per_pass = max(1, min(tokens, self.tokens_per_pass) // 2)
+            logger.warning(
+                "out of memory on a pass of %d tokens; now %d", tokens, self.tokens_per_pass
+            )
+            remaining = current + [sequence for later in waiting[::-1] for sequence in later]
+            smaller = cut_passes(remaining, self.tokens_per_pass)
+            if len(smaller[0]) == len(current):
+                half = (len(current) + 1) // 2
+                smaller[:1] = [current[:half], current[half:]]
+            waiting = smaller[::-1]
+        return results
+
+    def answer_logits(self, batch: Batch) -> Tensor:
+        """Return the logits at the answer positions, ``[n, vocabulary]``; the head runs nowhere
+        else.
+        """
+        inputs = {
+            name: value.to(self.device) if isinstance(value, Tensor) else value
+            for name, value in batch.inputs.items()
+        }
+        with _head_only_at(self.model, batch.answer_slots), self._attention(batch):
+            logits = self.model(**inputs, use_cache=False, return_dict=True).logits
+        return logits.reshape(-1, logits.shape[-1])
+
+    def _attention(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
+        if "packed_layout" in batch.inputs:
+            return packed_attention_enabled(self.model)
+        return contextlib.nullcontext()
+
+    def batch(self, sequences: Sequence[AnswerSequence]) -> Batch:
+        """Return the sequences of one pass as model inputs, packed if the model allows it."""
+        longest = max(len(sequence) for sequence in sequences)
+        if self._may_pack() and not self._window_shorter_than(longest):
+            return packed_batch(sequences)
+        return padded_batch(sequences)
+
+    def _window_shorter_than(self, longest: int) -> bool:
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        return window is not None and window < longest
+
+    def _may_pack(self) -> bool:
+        if self.packing is None:
+            reason = packing_refused(self.model) or self._packing_differs()
+            self.packing = reason is None
+            self.packing_reason = reason or "packed and padded hidden states agree"
+            logger.info(
+                "packed forward: %s (%s)", "yes" if self.packing else "no", self.packing_reason
+            )
+        return self.packing
+
+    def _packing_differs(self) -> str | None:
+        vocabulary = int(self.model.config.get_text_config().vocab_size)
+        probes = []
+        for index, length in enumerate((7, 4, 2)):
+            tokens = [(7919 * (index + 1) + 104729 * place) % vocabulary for place in range(length)]
+            probes.append(AnswerSequence(index, tuple(tokens), tuple(tokens)))
+        with torch.no_grad():
+            padded = self.answer_logits(padded_batch(probes)).double()
+            try:
+                packed = self.answer_logits(packed_batch(probes)).double()
+            except (PackingUnsupportedError, TypeError) as refusal:
+                return str(refusal)
+        difference = float((packed - padded).norm() / padded.norm())
+        # Written so that a NaN counts as a difference.
+        if not difference <= CHECK_TOLERANCE[self.model.dtype]:
+            return f"packed and padded outputs differ by {difference:.1e}"
+        return None
+
+
+@contextlib.contextmanager
+def _head_only_at(model: PreTrainedModel, slots: Tensor) -> Iterator[None]:
+    """Let the output head see only the hidden states at ``slots`` of the flattened tokens."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise TypeError(
+            f"{type(model).__name__} has no output head; a causal language model is needed"
+        )
+
+    def select(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = inputs[0].reshape(-1, inputs[0].shape[-1])
+        return (hidden.index_select(0, slots.to(hidden.device)).unsqueeze(0), *inputs[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,184 @@
+"""Adding a shift to a weight in place, with one rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pyeditfast import reference
+from pyeditfast.backends import Candidate, always, choose
+from pyeditfast.errors import NonFiniteError, ShiftOverflowError, UnsupportedWeightError
+from pyeditfast.ops.checks import check_same_device
+from pyeditfast.ops.precision import exact_matmul, reduced_float32
+from pyeditfast.ops.random_mask import random_uniform
+from pyeditfast.reference.apply_shift import round_stochastically
+from pyeditfast.reference.solve_shift import Shift
+
+CANDIDATES = (Candidate("torch", always), Candidate("reference", always))
+
+ROUNDINGS = ("nearest", "stochastic", "compensated")
+
+CHUNK_ELEMENTS = 4 << 20
+"""Elements of the weight that are held in float32 at a time: 16 MB, whatever the weight's size."""
+
+
+def apply_shift_(
+    weight: Tensor,
+    shift: Shift,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    *,
+    remainder: Tensor | None = None,
+) -> Tensor:
+    """Add ``Δᵀ`` to ``weight`` in place, round once, and return it.
+
+    ``weight`` ``[..., d_out, d_in]``, bf16, fp16, float32 or float64, of any strides (a ``Conv1D``
+    weight is passed as its transpose); ``shift`` of the same shape on the same device. The sum is
+    taken in float32 (float64 for a float64 weight) and rounded to the weight's dtype:
+
+    - ``"nearest"``: round to nearest even. What is smaller than half a spacing is lost.
+    - ``"stochastic"``: 16-bit weights only; to one of the two neighbours, unbiased, reproducible by
+      ``seed`` (Philox4x32-10 over the row-major element index).
+    - ``"compensated"``: what rounding loses is kept in ``remainder`` (shape and dtype of
+      ``weight``, zeros at first) and added back next time.
+
+    The weight is untouched when an error is raised: ``UnsupportedWeightError`` for a weight that is
+    not floating point, ``ValueError`` for arguments that do not match, ``NonFiniteError`` for NaN
+    or infinity in the shift and ``ShiftOverflowError`` where the sum could leave the range of the
+    dtype.
+
+    Floor: ``2 n d_out d_in`` FLOPs; the weight read and written once. A temporary of at most 16 MB
+    (one row at the least), never a float32 matrix of the weight's size.
+    """
+    _check(weight, shift, rounding, seed, remainder)
+    if weight.numel() == 0 or shift.rank == 0:
+        return weight
+    _check_range(weight, shift, remainder)
+    with torch.no_grad():
+        if choose("apply_shift", CANDIDATES, weight.device) == "reference":
+            return reference.apply_shift_(weight, shift, rounding, seed, remainder=remainder)
+        if rounding == "nearest" and weight.dtype == torch.float32 and shift.form == "dual":
+            return _add_product_(weight, shift)
+        for rows, offset in _chunks(weight):
+            low = None if remainder is None else remainder[rows]
+            _add_rows_(weight[rows], _dense_rows(shift, rows), rounding, seed, offset, low)
+    return weight
+
+
+def _check(
+    weight: Tensor, shift: Shift, rounding: str, seed: int | None, remainder: Tensor | None
+) -> None:
+    if not weight.is_floating_point() or weight.element_size() == 1:
+        raise UnsupportedWeightError(
+            f"weight has dtype {weight.dtype}; bfloat16, float16, float32 or float64 is needed "
+            "(load the model without quantization)"
+        )
+    if weight.ndim < 2 or weight.shape != shift.shape:
+        raise ValueError(f"weight {tuple(weight.shape)} and shift {tuple(shift.shape)} differ")
+    check_same_device("weight", weight.device, "shift", shift.device)
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding is {rounding!r}; choose one of {', '.join(ROUNDINGS)}")
+    if rounding == "stochastic":
+        if seed is None:
+            raise ValueError('rounding="stochastic" needs a seed')
+        if weight.element_size() != 2:
+            raise ValueError(f'rounding="stochastic" is for 16-bit weights, not {weight.dtype}')
+    elif seed is not None:
+        raise ValueError(f'a seed has no meaning for rounding="{rounding}"')
+    if rounding == "compensated":
+        if remainder is None:
+            raise ValueError('rounding="compensated" needs a remainder')
+        if remainder.shape != weight.shape or remainder.dtype != weight.dtype:
+            raise ValueError(
+                f"remainder is {remainder.dtype} {tuple(remainder.shape)}; "
+                f"weight is {weight.dtype} {tuple(weight.shape)}"
+            )
+        check_same_device("weight", weight.device, "remainder", remainder.device)
+    elif remainder is not None:
+        raise ValueError(f'a remainder has no meaning for rounding="{rounding}"')
+
+
+def _check_range(weight: Tensor, shift: Shift, remainder: Tensor | None) -> None:
+    bound = float(shift.largest_entry_bound())
+    if not bound < float("inf"):
+        raise NonFiniteError(f"the shift {tuple(shift.shape)} holds NaN or infinity")
+    limit = torch.finfo(weight.dtype).max
+    # Reading the whole weight is worth it only where the shift comes near the limit.
+    if bound > 1e-3 * limit:
+        largest = float(weight.abs().max()) + (
+            float(remainder.abs().max()) if remainder is not None else 0.0
+        )
+        if bound + largest > limit:
+            raise ShiftOverflowError(
+                f"a shift of up to {bound:.3g} on a {weight.dtype} weight of up to {largest:.3g} "
+                f"could exceed {limit:.3g}"
+            )
+
+
+def _chunks(weight: Tensor) -> Iterator[tuple[tuple[slice | int, ...], int]]:
+    """Yield the index of each block of rows and the row-major offset of its first element."""
+    d_out, d_in = weight.shape[-2:]
+    step = max(1, CHUNK_ELEMENTS // d_in)
+    for batch in range(weight[..., 0, 0].numel()):
+        lead: list[int] = []
+        rest = batch
+        for size in reversed(weight.shape[:-2]):
+            rest, index = divmod(rest, size)
+            lead.insert(0, index)
+        for start in range(0, d_out, step):
+            yield (*lead, slice(start, min(start + step, d_out))), (batch * d_out + start) * d_in
+
+
+def _dense_rows(shift: Shift, rows: tuple[slice | int, ...]) -> Tensor:
+    if shift.matrix is not None:
+        return shift.matrix[rows]
+    assert shift.left is not None and shift.right is not None
+    columns = (*rows[:-1], slice(None), rows[-1])
+    return exact_matmul(shift.left[columns].mT, shift.right[rows[:-1]])
+
+
+def _add_product_(weight: Tensor, shift: Shift) -> Tensor:
+    """Accumulate the dual form straight into a float32 weight."""
+    assert shift.left is not None and shift.right is not None
+    if reduced_float32(weight.device):
+        for rows, _ in _chunks(weight):
+            weight[rows] += _dense_rows(shift, rows)
+        return weight
+    if weight.ndim == 2:
+        return weight.addmm_(shift.left.mT, shift.right)
+    for index in torch.cartesian_prod(*(torch.arange(size) for size in weight.shape[:-2])).tolist():
+        item = tuple(index) if isinstance(index, list) else (index,)
+        weight[item].addmm_(shift.left[item].mT, shift.right[item])
+    return weight
+
+
+def _add_rows_(
+    weight: Tensor,
+    shift: Tensor,
+    rounding: str,
+    seed: int | None,
+    offset: int,
+    remainder: Tensor | None,
+) -> None:
+    total = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    shift = shift.to(total)
+    if remainder is not None:
+        shift = shift + remainder
+    before = weight.to(total)
+    exact = before + shift
+    if rounding == "stochastic":
+        assert seed is not None
+        uniform = random_uniform(seed, tuple(weight.shape), offset=offset, device=weight.device)
+        weight.copy_(round_stochastically(exact, weight.dtype, uniform))
+        return
+    weight.copy_(exact)
+    if remainder is None:
+        return
+    if weight.element_size() == 2:
+        remainder.copy_(exact - weight)
+        return
+    # What the sum itself lost (Knuth's two-sum), since nothing is lost after it.
+    added = exact - before
+    remainder.copy_((before - (exact - added)) + (shift - added))

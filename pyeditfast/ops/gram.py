@@ -1,0 +1,34 @@
+"""Gram matrix of keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyeditfast import reference
+from pyeditfast.backends import Candidate, always, choose
+from pyeditfast.ops.checks import check_ridge, check_rows
+from pyeditfast.ops.precision import exact_matmul
+
+CANDIDATES = (Candidate("torch", always), Candidate("reference", always))
+
+
+def gram(keys: Tensor, ridge: float = 0.0, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return ``K Kᵀ + ridge · I``.
+
+    ``keys`` ``[..., n, d_in]``, any floating dtype; the result is ``[..., n, n]`` in ``dtype``
+    (float32 or float64), symmetric, and computed without TF32. Raises ``TypeError`` for a dtype
+    that is not floating point and ``ValueError`` for fewer than two dimensions or a negative ridge.
+
+    Floor for one batch item: ``n² d_in`` FLOPs (one triangle), ``n d_in`` elements read, ``4 n²``
+    bytes written. The dual form of UltraEdit's normal equations (arXiv 2505.14679).
+    """
+    check_rows("keys", keys)
+    check_ridge(ridge)
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype is {dtype}; torch.float32 or torch.float64 is needed")
+    if choose("gram", CANDIDATES, keys.device) == "reference":
+        return reference.gram(keys.double(), ridge).to(dtype)
+    product = exact_matmul(keys, keys.mT, dtype)
+    product.diagonal(dim1=-2, dim2=-1).add_(ridge)
+    return product

@@ -1,0 +1,24 @@
+"""Matrix products that keep every bit of float32, whatever the user's matmul flags say."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def reduced_float32(device: torch.device) -> bool:
+    """Say whether torch may compute float32 products on ``device`` in TF32 or bfloat16."""
+    flags = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    return flags.matmul.fp32_precision not in ("none", "ieee")
+
+
+def exact_matmul(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return ``a @ b`` in ``dtype`` (float32 or float64), never through TF32 or bfloat16.
+
+    Operands of 16 bits are converted first: their products are exact in float32. Where the user
+    allows reduced float32 products, which would swamp a ridge of 1, the product is taken in
+    float64.
+    """
+    if dtype == torch.float32 and reduced_float32(a.device):
+        return (a.double() @ b.double()).float()
+    return a.to(dtype) @ b.to(dtype)

@@ -1,0 +1,22 @@
+"""Fixtures that many tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Return the folder of real editing data, ``shared/data`` beside the checkout or
+    ``$PYEDITFAST_DATA``.
+    """
+    default = REPOSITORY.parent / "shared" / "data"
+    folder = Path(os.environ.get("PYEDITFAST_DATA", default))
+    if not (folder / "counterfact-edit.json").is_file():
+        pytest.skip(f"no editing data in {folder}; set PYEDITFAST_DATA to a folder that has it")
+    return folder
