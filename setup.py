@@ -86,7 +86,7 @@ class CMakeBuild(build_ext):
                 raise SystemExit(
                     f"pyeditfast: ERROR: pyeditfast._csrc was not built: {error} ({SWITCH}=1)"
                 ) from error
-            self._leave_out(str(error))
+            self._leave_out(str(error).rstrip("."))
             return
         for folder in self._package_folders():
             (folder / REASON_FILE).unlink(missing_ok=True)

@@ -81,7 +81,7 @@ def explain(op: str, candidates: Sequence[Candidate], device: torch.device) -> C
             elif passed_over:
                 why = "; ".join(passed_over)
             else:
-                why = f"the fastest on {device.type}"
+                why = f"first choice on {device.type}"
             return Choice(op, candidate.backend, why)
         passed_over.append(f"{candidate.backend} not used: {reason}")
     names = ", ".join(candidate.backend for candidate in candidates)

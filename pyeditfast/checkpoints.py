@@ -98,12 +98,16 @@ def load_model(
     source: str | Path,
     *,
     dtype: torch.dtype | str = "auto",
-    device_map: str | dict[str, str | int] | None = None,
+    device: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the causal language model and the tokenizer of a directory or hub name.
 
-    ``dtype="auto"`` keeps the dtype of the files. No remote code is run.
+    ``dtype="auto"`` keeps the dtype of the files. ``device``: None leaves the model on the CPU,
+    ``"auto"`` spreads it over all devices (this needs the package accelerate), any other names one
+    device. No remote code is run.
     """
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    return model, tokenizer
+    spread = device if device == "auto" else None
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=spread)
+    if device is not None and spread is None:
+        torch.nn.Module.to(model, device)
+    return model, AutoTokenizer.from_pretrained(source)

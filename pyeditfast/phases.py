@@ -8,6 +8,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+MOST_PENDING = 512
+"""CUDA events kept unread; the older half is long finished by then, so reading it waits for
+nothing.
+"""
+
 
 class PhaseClock:
     """Adds up the time spent in named phases.
@@ -37,6 +42,9 @@ class PhaseClock:
             yield
         finally:
             self._pending.append((name, list(zip(starts, self._record(), strict=True))))
+            if len(self._pending) > MOST_PENDING:
+                self._count(self._pending[: MOST_PENDING // 2])
+                del self._pending[: MOST_PENDING // 2]
 
     def _record(self) -> list[torch.cuda.Event]:
         events = []
@@ -48,10 +56,15 @@ class PhaseClock:
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of each phase so far; on CUDA this waits for the work to finish."""
-        for name, pairs in self._pending:
+        self._count(self._pending)
+        self._pending.clear()
+        return dict(self._seconds)
+
+    def _count(
+        self, measured: list[tuple[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]]]
+    ) -> None:
+        for name, pairs in measured:
             for _, end in pairs:
                 end.synchronize()
             elapsed = max(start.elapsed_time(end) for start, end in pairs) / 1e3
             self._seconds[name] = self._seconds.get(name, 0.0) + elapsed
-        self._pending.clear()
-        return dict(self._seconds)

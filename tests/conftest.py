@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -20,3 +21,9 @@ def data_dir() -> Path:
     if not (folder / "counterfact-edit.json").is_file():
         pytest.skip(f"no editing data in {folder}; set PYEDITFAST_DATA to a folder that has it")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Run torch on one thread: tiny shapes gain nothing from more, and a busy machine loses much."""
+    torch.set_num_threads(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 def _layers(pattern: str, layers: Iterable[int]) -> tuple[str, ...]:
@@ -35,6 +35,16 @@ ULTRAEDIT_MODULES: dict[str, tuple[str, ...]] = {
     "gpt2-xl": _layers("transformer.h.{}.mlp.c_proj", (44, 45)),
 }
 
+SIGNATURES = {
+    # (model type, blocks, hidden size) of the models above; both Llamas differ by their vocabulary.
+    ("mistral", 32, 4096): "mistral-7b",
+    ("gptj", 28, 4096): "gpt-j-6b",
+    ("qwen2", 28, 3584): "qwen2.5-7b",
+    ("phi3", 40, 5120): "phi-4",
+    ("gemma3_text", 62, 5376): "gemma-3-27b",
+    ("gpt2", 48, 1600): "gpt2-xl",
+}
+
 DOWN_PROJECTION = re.compile(
     r".*\.(\d+)\.(?:mlp\.(?:down_proj|c_proj|fc_out|dense_4h_to_h|fc2)|fc2)$"
 )
@@ -51,15 +61,28 @@ def preset_modules(name: str) -> tuple[str, ...]:
         raise ValueError(f"unknown preset {name!r}; choose one of {known}") from None
 
 
-def default_modules(model: nn.Module) -> tuple[str, ...]:
-    """Return the two down projections before the last block, as Mistral's preset edits 29 and 30 of
-    32.
+def recognise(config: PretrainedConfig) -> str | None:
+    """Return the preset of the model that ``config`` describes, None for one without a preset."""
+    text = config.get_text_config()
+    blocks, hidden = text.num_hidden_layers, text.hidden_size
+    if (text.model_type, blocks, hidden) == ("llama", 32, 4096):
+        return "llama-3-8b" if text.vocab_size > 100_000 else "llama-2-7b"
+    return SIGNATURES.get((text.model_type, blocks, hidden))
 
-    With fewer than three blocks, those there are. Raises ``ValueError`` for a model whose MLPs are
-    not recognised.
+
+def default_modules(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the modules to edit where none are named.
+
+    The preset's for a model that has one. Else the two down projections before the last block, as
+    Mistral's preset edits 29 and 30 of 32 (all of them in a model of fewer than three blocks).
+    Raises ``ValueError`` for a model whose MLPs are not recognised.
     """
+    modules = dict(model.named_modules())
+    preset = recognise(model.config)
+    if preset is not None and all(name in modules for name in ULTRAEDIT_MODULES[preset]):
+        return ULTRAEDIT_MODULES[preset]
     found: dict[int, str] = {}
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         match = DOWN_PROJECTION.match(name)
         if match and getattr(module, "weight", None) is not None:
             found[int(match[1])] = name

@@ -79,7 +79,12 @@ class UltraEditor:
         self.records = 0
 
     def edit(
-        self, edits: Iterable[Edit], *, strict: bool = False, progress: bool = False
+        self,
+        edits: Iterable[Edit],
+        *,
+        strict: bool = False,
+        progress: bool = False,
+        total: int | None = None,
     ) -> EditReport:
         """Carry out ``edits`` in turns of ``config.turn_size`` and report.
 
@@ -95,7 +100,8 @@ class UltraEditor:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
         limit = context_length(self.model)
-        total = len(edits) if isinstance(edits, Sequence) else None
+        if total is None and isinstance(edits, Sequence):
+            total = len(edits)
         start = time.perf_counter()
         with tqdm(total=total, unit="edit", desc="UltraEdit", disable=not progress) as bar:
             turns = gather_turns(edits, self.tokenizer, self.config.turn_size, limit)
@@ -222,7 +228,7 @@ class UltraEditor:
         cls,
         directory: str | os.PathLike[str],
         *,
-        device_map: str | dict[str, str | int] | None = None,
+        device: str | None = None,
         tokens_per_pass: int | None = None,
     ) -> UltraEditor:
         """Return an editor that goes on where ``save`` stopped.
@@ -232,7 +238,7 @@ class UltraEditor:
         """
         path = Path(directory)
         state, tensors = checkpoints.load_state(path, "ultraedit")
-        model, tokenizer = checkpoints.load_model(path, device_map=device_map)
+        model, tokenizer = checkpoints.load_model(path, device=device)
         config = UltraEditConfig(**{**state["config"], "tokens_per_pass": tokens_per_pass})
         editor = cls(model, tokenizer, config)
         checkpoints.check_fingerprint(path, state, editor.modules)

@@ -211,7 +211,10 @@ class ModelRunner:
     def _packing_differs(self) -> str | None:
         vocabulary = int(self.model.config.get_text_config().vocab_size)
         probes = []
-        for index, length in enumerate((7, 4, 2)):
+        longest = 7
+        while self._window_shorter_than(longest):
+            longest -= 1
+        for index, length in enumerate((longest, (longest + 1) // 2, 1)):
             tokens = [(7919 * (index + 1) + 104729 * place) % vocabulary for place in range(length)]
             probes.append(AnswerSequence(index, tuple(tokens), tuple(tokens)))
         with torch.no_grad():

@@ -98,6 +98,16 @@ def _check(
         check_same_device("weight", weight.device, "remainder", remainder.device)
     elif remainder is not None:
         raise ValueError(f'a remainder has no meaning for rounding="{rounding}"')
+    for name, tensor in (("weight", weight), ("remainder", remainder)):
+        if tensor is not None and _repeats_elements(tensor):
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)} has strides {tensor.stride()}: elements share memory"
+            )
+
+
+def _repeats_elements(tensor: Tensor) -> bool:
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return any(size > 1 and stride == 0 for size, stride in strides)
 
 
 def _check_range(weight: Tensor, shift: Shift, remainder: Tensor | None) -> None:
@@ -105,16 +115,21 @@ def _check_range(weight: Tensor, shift: Shift, remainder: Tensor | None) -> None
     if not bound < float("inf"):
         raise NonFiniteError(f"the shift {tuple(shift.shape)} holds NaN or infinity")
     limit = torch.finfo(weight.dtype).max
-    # Reading the whole weight is worth it only where the shift comes near the limit.
-    if bound > 1e-3 * limit:
-        largest = float(weight.abs().max()) + (
-            float(remainder.abs().max()) if remainder is not None else 0.0
-        )
+    # Reading the whole weight is worth it only in float16, or where the shift comes near the limit.
+    if weight.dtype == torch.float16 or bound > 1e-3 * limit:
+        largest = _largest_magnitude(weight)
+        if remainder is not None:
+            largest += _largest_magnitude(remainder)
         if bound + largest > limit:
             raise ShiftOverflowError(
                 f"a shift of up to {bound:.3g} on a {weight.dtype} weight of up to {largest:.3g} "
                 f"could exceed {limit:.3g}"
             )
+
+
+def _largest_magnitude(tensor: Tensor) -> float:
+    smallest, largest = torch.aminmax(tensor.detach())
+    return max(-float(smallest), float(largest))
 
 
 def _chunks(weight: Tensor) -> Iterator[tuple[tuple[slice | int, ...], int]]:
@@ -142,15 +157,16 @@ def _dense_rows(shift: Shift, rows: tuple[slice | int, ...]) -> Tensor:
 def _add_product_(weight: Tensor, shift: Shift) -> Tensor:
     """Accumulate the dual form straight into a float32 weight."""
     assert shift.left is not None and shift.right is not None
+    left, right = shift.left.float(), shift.right.float()
     if reduced_float32(weight.device):
         for rows, _ in _chunks(weight):
             weight[rows] += _dense_rows(shift, rows)
         return weight
     if weight.ndim == 2:
-        return weight.addmm_(shift.left.mT, shift.right)
+        return weight.addmm_(left.mT, right)
     for index in torch.cartesian_prod(*(torch.arange(size) for size in weight.shape[:-2])).tolist():
         item = tuple(index) if isinstance(index, list) else (index,)
-        weight[item].addmm_(shift.left[item].mT, shift.right[item])
+        weight[item].addmm_(left[item].mT, right[item])
     return weight
 
 
@@ -173,12 +189,10 @@ def _add_rows_(
         uniform = random_uniform(seed, tuple(weight.shape), offset=offset, device=weight.device)
         weight.copy_(round_stochastically(exact, weight.dtype, uniform))
         return
+    if remainder is not None and total == weight.dtype:
+        # What the sum itself loses (Knuth's two-sum), since rounding loses nothing after it.
+        added = exact - before
+        remainder.copy_((before - (exact - added)) + (shift - added))
     weight.copy_(exact)
-    if remainder is None:
-        return
-    if weight.element_size() == 2:
+    if remainder is not None and total != weight.dtype:
         remainder.copy_(exact - weight)
-        return
-    # What the sum itself lost (Knuth's two-sum), since nothing is lost after it.
-    added = exact - before
-    remainder.copy_((before - (exact - added)) + (shift - added))

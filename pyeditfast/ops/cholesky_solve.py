@@ -49,25 +49,27 @@ def cholesky_solve(gram: Tensor, rhs: Tensor) -> Tensor:
     if gram.numel() == 0:
         return rhs.clone()
     factor, info = torch.linalg.cholesky_ex(gram)
-    if not bool((info == 0).all()):
-        return _solve_item_by_item(gram, rhs, factor, info)
+    # LAPACK takes an infinite last pivot for a good one.
+    sound = (info == 0) & factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+    if not bool(sound.all()):
+        return _solve_item_by_item(gram, rhs, factor, sound)
     return torch.cholesky_solve(rhs, factor)
 
 
-def _solve_item_by_item(gram: Tensor, rhs: Tensor, factor: Tensor, info: Tensor) -> Tensor:
+def _solve_item_by_item(gram: Tensor, rhs: Tensor, factor: Tensor, sound: Tensor) -> Tensor:
     n, m = rhs.shape[-2:]
     grams, factors = gram.reshape(-1, n, n), factor.reshape(-1, n, n)
-    sides, solution = rhs.reshape(-1, n, m), rhs.new_empty(info.numel(), n, m)
-    for item, failed in enumerate(info.flatten().tolist()):
-        if failed:
-            repaired = _float64_factor(grams[item], item, failed)
-            solution[item] = torch.cholesky_solve(sides[item].double(), repaired).to(rhs.dtype)
-        else:
+    sides, solution = rhs.reshape(sound.numel(), n, m), rhs.new_empty(sound.numel(), n, m)
+    for item, has_factor in enumerate(sound.flatten().tolist()):
+        if has_factor:
             solution[item] = torch.cholesky_solve(sides[item], factors[item])
+        else:
+            repaired = _float64_factor(grams[item], item)
+            solution[item] = torch.cholesky_solve(sides[item].double(), repaired).to(rhs.dtype)
     return solution.reshape(rhs.shape)
 
 
-def _float64_factor(gram: Tensor, item: int, pivot: int) -> Tensor:
+def _float64_factor(gram: Tensor, item: int) -> Tensor:
     exact = gram.double()
     if not bool(exact.isfinite().all()):
         raise NonFiniteError(f"item {item} of gram holds NaN or infinity")
@@ -85,6 +87,6 @@ def _float64_factor(gram: Tensor, item: int, pivot: int) -> Tensor:
                 )
             return factor
     raise NotPositiveDefiniteError(
-        f"item {item} of gram {tuple(gram.shape)} is not positive definite (pivot {pivot}), "
+        f"item {item} of gram {tuple(gram.shape)} is not positive definite (pivot {int(info)}), "
         f"not even in float64 with {JITTERS[-1] * scale:.3g} added to its diagonal"
     )

@@ -21,4 +21,6 @@ def exact_matmul(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> Te
     """
     if dtype == torch.float32 and reduced_float32(a.device):
         return (a.double() @ b.double()).float()
-    return a.to(dtype) @ b.to(dtype)
+    # Under autocast the product would be bfloat16.
+    with torch.autocast(a.device.type, enabled=False):
+        return a.to(dtype) @ b.to(dtype)

@@ -81,7 +81,8 @@ class RunningMoments:
             raise ValueError(f"segments {list(segments)} do not cut {n} rows into micro-batches")
         if n == 0:
             return
-        choose("running_moments", CANDIDATES, rows[0].device)
+        if choose("running_moments", CANDIDATES, rows[0].device) == "reference":
+            rows = [part.double() for part in rows]
         lengths = [n] if segments is None or self.variance == "unbiased" else list(segments)
         start = 0
         for m in lengths:
@@ -145,11 +146,15 @@ class RunningMoments:
         check_rows("rows", rows)
         if rows.shape[-1] != self.size:
             raise ValueError(f"rows have shape {tuple(rows.shape)}; [..., {self.size}] is needed")
+        if choose("running_moments", CANDIDATES, rows.device) == "reference":
+            return self._normalize_float64(rows.double()).to(_result_dtype(rows))
         if rows.dtype == torch.float64:
-            mean, std = self._mean.to(rows.device), self.std.to(rows.device)
-            return (rows - mean) / (std + EPSILON)
+            return self._normalize_float64(rows)
         mean, scale = self.mean_and_scale(rows.device)
         return (rows.float() - mean).mul_(scale)
+
+    def _normalize_float64(self, rows: Tensor) -> Tensor:
+        return (rows - self._mean.to(rows.device)) / (self.std.to(rows.device) + EPSILON)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return count (int64), mean and squares (float64, ``[size]``) as tensors that share no
@@ -180,8 +185,16 @@ class RunningMoments:
 
 
 def _mean_and_squares(rows: Tensor) -> tuple[Tensor, Tensor]:
-    # Two passes: the deviations are taken from the mean, so that a large mean costs no digits.
-    if rows.dtype != torch.float64:
-        rows = rows.float()
-    mean = rows.mean(0)
-    return mean, (rows - mean).square_().sum(0)
+    # Two passes: the deviations are taken from the mean, so that a large mean costs no digits. What
+    # rounding the mean to float32 lost is the mean of the deviations; without it a constant column
+    # would be left with a deviation of one rounding, and normalize to noise instead of 0.
+    rows = rows.to(_result_dtype(rows))
+    rounded = rows.mean(0)
+    deviations = rows - rounded
+    lost = deviations.mean(0).double()
+    squares = deviations.square_().sum(0).double() - lost.square() * rows.shape[0]
+    return rounded.double() + lost, squares.clamp_(min=0.0)
+
+
+def _result_dtype(rows: Tensor) -> torch.dtype:
+    return torch.float64 if rows.dtype == torch.float64 else torch.float32
