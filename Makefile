@@ -25,8 +25,11 @@ run: $(STAMP) ## set up, then edit 100 facts into a small model and report (buil
 test: lint ## set up, check format, lint and types, run the tests
 	@$(BIN)/python -m pytest
 
-bench: $(STAMP) ## run the benchmarks
-	@$(BIN)/python -m pytest bench --benchmark-only
+bench: $(STAMP) ## run the benchmarks, record them in bench/results, draw docs/benchmarks
+	@mkdir -p build
+	@$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/benchmark.json --timeout=3600
+	@$(BIN)/python bench/record.py build/benchmark.json
+	@$(BIN)/python bench/draw.py
 
 format: $(STAMP) ## format the code and sort its imports
 	@$(BIN)/ruff format .

@@ -1,17 +1,33 @@
 """Fast lifelong knowledge editing of causal language models."""
 
-from importlib.metadata import PackageNotFoundError, version
+from __future__ import annotations
 
-from pyeditfast.backends import Choice, backend, chosen_backends
-from pyeditfast.checkpoints import load_model
-from pyeditfast.data import Edit, Probe, load_edits
-from pyeditfast.editors import EditReport, Rejection, UltraEditConfig, UltraEditor
-from pyeditfast.evaluation import Scores, evaluate
+import importlib
+from typing import TYPE_CHECKING, Any
 
-try:
-    __version__ = version("pyeditfast")
-except PackageNotFoundError:
-    __version__ = "0+unknown"
+if TYPE_CHECKING:
+    from pyeditfast.backends import Choice, backend, chosen_backends
+    from pyeditfast.checkpoints import load_model
+    from pyeditfast.data import Edit, Probe, load_edits
+    from pyeditfast.editors import EditReport, Rejection, UltraEditConfig, UltraEditor
+    from pyeditfast.evaluation import Scores, evaluate
+
+# Imported at first use: torch and transformers take seconds, and `pyeditfast --help` needs neither.
+_HOMES = {
+    "Choice": "backends",
+    "Edit": "data",
+    "EditReport": "editors",
+    "Probe": "data",
+    "Rejection": "editors",
+    "Scores": "evaluation",
+    "UltraEditConfig": "editors",
+    "UltraEditor": "editors",
+    "backend": "backends",
+    "chosen_backends": "backends",
+    "evaluate": "evaluation",
+    "load_edits": "data",
+    "load_model": "checkpoints",
+}
 
 __all__ = [
     "Choice",
@@ -22,10 +38,26 @@ __all__ = [
     "Scores",
     "UltraEditConfig",
     "UltraEditor",
-    "__version__",
     "backend",
     "chosen_backends",
     "evaluate",
     "load_edits",
     "load_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("pyeditfast")
+        except PackageNotFoundError:
+            return "0+unknown"
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pyeditfast' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"pyeditfast.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

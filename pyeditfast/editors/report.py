@@ -43,7 +43,7 @@ class EditReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.edits} edits in {self.turns} turns, {self.edits_per_second:.1f} edits/s, "
+            f"{_counted(self.edits, 'edit')} in {_counted(self.turns, 'turn')}, {self.edits_per_second:.1f} edits/s, "
             f"{len(self.rejected)} rejected, peak memory {self.peak_memory_bytes / 2**20:.0f} MiB"
         ]
         phases = sorted(self.seconds.items(), key=lambda item: -item[1])
@@ -52,3 +52,7 @@ class EditReport:
         if len(self.rejected) > 5:
             lines.append(f"... and {len(self.rejected) - 5} more rejected")
         return "\n".join(lines)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

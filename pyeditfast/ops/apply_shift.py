@@ -20,8 +20,8 @@ CANDIDATES = (Candidate("torch", always), Candidate("reference", always))
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 
-CHUNK_ELEMENTS = 4 << 20
-"""Elements of the weight that are held in float32 at a time: 16 MB, whatever the weight's size."""
+CHUNK_ELEMENTS = 2 << 20
+"""Elements of the weight that are held in float32 at a time: 8 MB, whatever the weight's size."""
 
 
 def apply_shift_(
@@ -49,8 +49,8 @@ def apply_shift_(
     or infinity in the shift and ``ShiftOverflowError`` where the sum could leave the range of the
     dtype.
 
-    Floor: ``2 n d_out d_in`` FLOPs; the weight read and written once. A temporary of at most 16 MB
-    (one row at the least), never a float32 matrix of the weight's size.
+    Floor: ``2 n d_out d_in`` FLOPs; the weight read and written once. Temporaries of about 24 MB
+    (three rows at the least), never a float32 matrix of the weight's size.
     """
     _check(weight, shift, rounding, seed, remainder)
     if weight.numel() == 0 or shift.rank == 0:
@@ -129,7 +129,7 @@ def _check_range(weight: Tensor, shift: Shift, remainder: Tensor | None) -> None
 
 def _largest_magnitude(tensor: Tensor) -> float:
     smallest, largest = torch.aminmax(tensor.detach())
-    return max(-float(smallest), float(largest))
+    return max(abs(float(smallest)), abs(float(largest)))
 
 
 def _chunks(weight: Tensor) -> Iterator[tuple[tuple[slice | int, ...], int]]:

@@ -37,5 +37,6 @@ def edit_values(keys: Tensor, grads: Tensor, moments: RunningMoments, lr: float)
     mean, scale = moments.mean_and_scale(keys.device)
     keys_hat = (keys.float() - mean[:d_in]).mul_(scale[:d_in])
     grads_hat = (grads.float() - mean[d_in:]).mul_(scale[d_in:])
-    weight = torch.linalg.vecdot(keys_hat, keys_hat).mul_(-lr)
+    # Not a vecdot, which autocast would take in bfloat16.
+    weight = keys_hat.square_().sum(-1).mul_(-lr)
     return grads_hat.mul_(weight.unsqueeze(-1))

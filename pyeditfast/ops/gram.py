@@ -8,9 +8,12 @@ from torch import Tensor
 from pyeditfast import reference
 from pyeditfast.backends import Candidate, always, choose
 from pyeditfast.ops.checks import check_ridge, check_rows
-from pyeditfast.ops.precision import exact_matmul
+from pyeditfast.ops.precision import exact_dtype, exact_matmul
 
 CANDIDATES = (Candidate("torch", always), Candidate("reference", always))
+
+COLUMNS = 4096
+"""Columns of the keys that are converted at a time."""
 
 
 def gram(keys: Tensor, ridge: float = 0.0, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -29,6 +32,11 @@ def gram(keys: Tensor, ridge: float = 0.0, *, dtype: torch.dtype = torch.float32
         raise ValueError(f"dtype is {dtype}; torch.float32 or torch.float64 is needed")
     if choose("gram", CANDIDATES, keys.device) == "reference":
         return reference.gram(keys.double(), ridge).to(dtype)
-    product = exact_matmul(keys, keys.mT, dtype)
+    operand = exact_dtype(keys.device, dtype)
+    n = keys.shape[-2]
+    product = torch.zeros((*keys.shape[:-2], n, n), dtype=operand, device=keys.device)
+    # Slice by slice, so that the converted keys are never whole.
+    for columns in keys.split(COLUMNS, dim=-1) if keys.dtype != operand else (keys,):
+        product += exact_matmul(columns, columns.mT, operand)
     product.diagonal(dim1=-2, dim2=-1).add_(ridge)
-    return product
+    return product.to(dtype)

@@ -12,15 +12,21 @@ def reduced_float32(device: torch.device) -> bool:
     return flags.matmul.fp32_precision not in ("none", "ieee")
 
 
+def exact_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a product keeps the precision of ``dtype`` (float32 or float64).
+
+    Where the user allows reduced float32 products, whose error would swamp a ridge of 1, that is
+    float64.
+    """
+    return torch.float64 if dtype == torch.float32 and reduced_float32(device) else dtype
+
+
 def exact_matmul(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return ``a @ b`` in ``dtype`` (float32 or float64), never through TF32 or bfloat16.
 
-    Operands of 16 bits are converted first: their products are exact in float32. Where the user
-    allows reduced float32 products, which would swamp a ridge of 1, the product is taken in
-    float64.
+    Operands of 16 bits are converted first: their products are exact in float32.
     """
-    if dtype == torch.float32 and reduced_float32(a.device):
-        return (a.double() @ b.double()).float()
+    operand = exact_dtype(a.device, dtype)
     # Under autocast the product would be bfloat16.
     with torch.autocast(a.device.type, enabled=False):
-        return a.to(dtype) @ b.to(dtype)
+        return (a.to(operand) @ b.to(operand)).to(dtype)

@@ -86,10 +86,9 @@ class TestArgumentsAreCheckedAtTheCall:
             load_edits(tmp_path)
         assert str(tmp_path) in str(caught.value)
 
-    def test_a_pipe(self, tmp_path):
-        os.mkfifo(tmp_path / "pipe")
-        with pytest.raises(ValueError, match="pipe is not a regular file"):
-            load_edits(tmp_path / "pipe")
+    def test_a_device(self):
+        with pytest.raises(ValueError, match=r"^/dev/null is not a regular file"):
+            load_edits("/dev/null")
 
     def test_an_unknown_format(self, write):
         with pytest.raises(ValueError, match=r"'auto', 'pyeditfast', 'zsre'.*got 'zsrre'"):
@@ -291,6 +290,37 @@ class TestBadRecords:
         path.write_bytes(content[: len(content) // 2])
         with pytest.raises(RecordError, match="cannot be read as Parquet after 0 complete records"):
             list(load_edits(path))
+
+    @staticmethod
+    def overwrite_column(path, row_group, column):
+        """Overwrites a column's pages, headers included, in one row group."""
+        parquet = pytest.importorskip("pyarrow.parquet")
+        with parquet.ParquetFile(path) as file:
+            chunk = file.metadata.row_group(row_group).column(column)
+        content = bytearray(path.read_bytes())
+        start = chunk.dictionary_page_offset or chunk.data_page_offset
+        content[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+        path.write_bytes(content)
+
+    def test_a_damaged_parquet_page_is_never_skipped(self, tmp_path):
+        arrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        path = tmp_path / "edits"
+        table = arrow.Table.from_pylist([{"prompt": f"p{i}", "target": "t"} for i in range(2048)])
+        parquet.write_table(table, path, row_group_size=1024)
+        self.overwrite_column(path, row_group=1, column=0)
+        count = 0
+        with pytest.raises(RecordError) as caught:
+            for _ in load_edits(path, on_error="skip"):
+                count += 1
+        assert count == 1024
+        start = f"{path}: cannot be read as Parquet after 1024 complete records: "
+        assert str(caught.value).startswith(start)
+
+    def test_parquet_columns_that_are_not_needed_are_not_read(self, write):
+        path = write([{**record, "note": "unread"} for record in RECORDS], "parquet")
+        self.overwrite_column(path, row_group=0, column=3)
+        assert list(load_edits(path)) == EDITS
 
     def test_without_report_what_is_skipped_is_logged(self, write, caplog):
         path = write([RECORDS[0], {"prompt": "p"}])

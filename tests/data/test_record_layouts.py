@@ -323,9 +323,10 @@ def test_zsre_question_mark_is_not_doubled(write):
     assert only(write([{**ULTRAEDIT_ZSRE, "loc": "who?"}])).locality_prompt == "who?"
 
 
-def test_rome_braces_in_a_subject_are_text(write):
-    rewrite = {**ROME_COUNTERFACT["requested_rewrite"], "subject": "{0} {x}"}
-    assert only(write([{"requested_rewrite": rewrite}])).prompt == "{0} {x} speaks"
+def test_rome_braces_in_a_subject_or_template_are_text(write):
+    braces = {"subject": "{0} {x}", "prompt": "In {y}, {} speaks"}
+    rewrite = {**ROME_COUNTERFACT["requested_rewrite"], **braces}
+    assert only(write([{"requested_rewrite": rewrite}])).prompt == "In {y}, {0} {x} speaks"
 
 
 def test_knowedit_takes_forgetfulness_if_nothing_else_has_an_answer(write):

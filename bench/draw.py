@@ -1,0 +1,95 @@
+"""Draws ``docs/benchmarks.md`` and ``docs/benchmarks.png`` from the newest CPU result file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DOCS = REPOSITORY / "docs"
+
+
+def newest() -> tuple[Path, dict[str, Any]]:
+    """Return the newest CPU result file and its content."""
+    paths = sorted((REPOSITORY / "bench" / "results").glob("cpu-*.json"))
+    if not paths:
+        raise SystemExit("no result file; run `make bench` first")
+    return paths[-1], json.loads(paths[-1].read_text())
+
+
+def remarks(entry: dict[str, Any]) -> str:
+    """Return the figures of an entry beside its time."""
+    parts = []
+    if "relative_error" in entry:
+        parts.append(f"error {entry['relative_error']:.1e}")
+    if "peak_bytes_beyond_inputs" in entry:
+        parts.append(f"peak {entry['peak_bytes_beyond_inputs'] / 1e6:.0f} MB beyond the inputs")
+    if "relative_difference_of_change" in entry:
+        difference = entry["relative_difference_of_change"]
+        parts.append(f"differs from the published change in float64 by {difference:.1e}")
+    return ", ".join(parts)
+
+
+def table(path: Path, content: dict[str, Any]) -> str:
+    """Return the Markdown page."""
+    versions = ", ".join(f"{name} {value}" for name, value in content["versions"].items())
+    lines = [
+        "# Benchmarks",
+        "",
+        "Drawn by `bench/draw.py`; do not edit. Published and pyeditfast were timed in the same run,",
+        "the same way, on fresh random inputs; only the ratios carry over to another machine.",
+        "",
+        f"From `{path.relative_to(REPOSITORY)}`: {content['date']}, commit {content['commit']}, "
+        f"{content['cores']} cores of {content['cpu']}, {content['gpu']}; {versions}.",
+        "No GPU has run this code yet.",
+        "",
+        "| what | form | median | quartiles | against published | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for entry in content["results"]:
+        low, high = entry["quartiles_seconds"]
+        ratio = entry.get("times_faster_than_published")
+        lines.append(
+            f"| {entry['group']} | {entry['name']} | {entry['median_seconds']:.3g} s "
+            f"| {low:.3g} to {high:.3g} s | {f'{ratio:.1f}×' if ratio else ''} | {remarks(entry)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def picture(content: dict[str, Any], target: Path) -> None:
+    """Draw how many times faster than published each group is."""
+    bars = [
+        (entry["group"], entry["times_faster_than_published"])
+        for entry in content["results"]
+        if entry["name"] == "pyeditfast" and "times_faster_than_published" in entry
+    ][::-1]
+    figure = Figure(figsize=(9, 0.55 * len(bars) + 1.3), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.barh([name for name, _ in bars], [ratio for _, ratio in bars], color="#3b6fb6", height=0.6)
+    for place, (_, ratio) in enumerate(bars):
+        axes.text(ratio * 1.03, place, f"{ratio:.1f}×", va="center", fontsize=9)
+    axes.set_xscale("log")
+    axes.set_xlim(1, 2 * max(ratio for _, ratio in bars))
+    axes.set_xlabel("times faster than the published procedure (median, same run)")
+    axes.set_title(f"{content['cores']} CPU cores, {content['date']}", loc="left", fontsize=10)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(target)
+
+
+def main() -> None:
+    """Write both files."""
+    path, content = newest()
+    DOCS.mkdir(exist_ok=True)
+    (DOCS / "benchmarks.md").write_text(table(path, content))
+    picture(content, DOCS / "benchmarks.png")
+    print(f"wrote docs/benchmarks.md and docs/benchmarks.png from {path.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Turns pytest-benchmark's JSON into a result file under ``bench/results``.
+
+``python bench/record.py REPORT.json`` keeps medians and spreads, the ratio of each group's baseline
+to the others, the commit, the machine and the versions; nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BASELINE = "published"
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def commit() -> str:
+    """Return the commit of the working tree, marked where it has changes."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(RESULTS.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+
+
+def summarise(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the result file's content for a pytest-benchmark report."""
+    entries = []
+    for run in report["benchmarks"]:
+        stats = run["stats"]
+        entries.append(
+            {
+                "group": run["group"],
+                "name": run["name"],
+                "median_seconds": stats["median"],
+                "quartiles_seconds": [stats["q1"], stats["q3"]],
+                "rounds": stats["rounds"],
+                **run["extra_info"],
+            }
+        )
+    baselines = {e["group"]: e["median_seconds"] for e in entries if e["name"] == BASELINE}
+    for entry in entries:
+        if entry["name"] != BASELINE and entry["group"] in baselines:
+            ratio = baselines[entry["group"]] / entry["median_seconds"]
+            entry["times_faster_than_published"] = round(ratio, 2)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only"
+    return {
+        "date": report["datetime"][:10],
+        "commit": commit(),
+        "cpu": report["machine_info"]["cpu"].get("brand_raw", "unknown"),
+        "cores": os.cpu_count(),
+        "gpu": device,
+        "versions": {
+            name: version(name) for name in ("pyeditfast", "torch", "transformers", "numpy")
+        },
+        "results": entries,
+    }
+
+
+def main(path: str) -> None:
+    """Write the result file for the report at ``path`` and print its ratios."""
+    content = summarise(json.loads(Path(path).read_text()))
+    kind = "cpu" if content["gpu"] == "CPU only" else content["gpu"].lower().replace(" ", "-")
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"{kind}-{content['date']}.json"
+    target.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    for entry in content["results"]:
+        ratio = entry.get("times_faster_than_published")
+        print(
+            f"{entry['group']} | {entry['name']} | median {entry['median_seconds']:.3g} s"
+            + (f" | {ratio:.1f} times faster" if ratio else "")
+        )
+    print(f"wrote {target.relative_to(RESULTS.parents[1])}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

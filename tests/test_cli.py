@@ -1,0 +1,195 @@
+"""The command line as a user types it: results, messages, exit codes, and going on after a stop."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from facts import facts
+from tiny_models import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from pyeditfast import UltraEditConfig, UltraEditor, cli
+
+
+@pytest.fixture
+def model_dir(tmp_path) -> Path:
+    folder = tmp_path / "model"
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_edits(path: Path, count: int) -> Path:
+    records = [
+        {
+            "prompt": edit.prompt,
+            "target": edit.target,
+            "rephrase": edit.rephrase,
+            "locality_prompt": edit.locality_prompt,
+            "locality_target": edit.locality_target,
+        }
+        for edit in facts(count)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    """Run ``main`` in this process; return exit code, output and errors."""
+    monkeypatch.setattr(sys, "argv", ["pyeditfast", *map(str, arguments)])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_edit_saves_what_the_editor_gives(model_dir, tmp_path, monkeypatch, capsys):
+    edits = write_edits(tmp_path / "edits.jsonl", 12)
+    out = tmp_path / "out"
+    options = ["--turn-size", 5, "--lr", 1e-4, "--score"]
+    code, printed, errors = run(
+        monkeypatch, capsys, "edit", model_dir, edits, "--out", out, *options
+    )
+    assert code == 0, errors
+    for line in (
+        "12 records",
+        "12 edits in 3 turns",
+        "before: efficacy",
+        "after:  efficacy",
+        "saved to",
+    ):
+        assert line in printed
+    assert "12/12" in errors
+    model = tiny_model("llama")
+    config = UltraEditConfig(
+        ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"), lr=1e-4, turn_size=5
+    )
+    UltraEditor(model, tiny_tokenizer(), config).edit(facts(12))
+    saved = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_stopped_run_goes_on(model_dir, tmp_path, monkeypatch, capsys):
+    edits = write_edits(tmp_path / "edits.jsonl", 23)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = ["--turn-size", 5, "--lr", 1e-4, "--out"]
+    assert run(monkeypatch, capsys, "edit", model_dir, edits, *options, whole)[0] == 0
+    original = UltraEditor._run_turn
+
+    def interrupted(self, turn, strict, clock):
+        if self.turns == 2:
+            raise KeyboardInterrupt
+        original(self, turn, strict, clock)
+
+    monkeypatch.setattr(UltraEditor, "_run_turn", interrupted)
+    code, printed, _ = run(monkeypatch, capsys, "edit", model_dir, edits, *options, parts)
+    monkeypatch.setattr(UltraEditor, "_run_turn", original)
+    assert code == 130
+    assert "saving the 10 edits of 2 whole turns" in printed
+    code, printed, errors = run(
+        monkeypatch, capsys, "edit", model_dir, edits, "--out", parts, "--resume"
+    )
+    assert code == 0, errors
+    assert "10 edits from 10 records; going on from there" in printed
+    assert "13 edits in 3 turns" in printed
+    first, second = (
+        AutoModelForCausalLM.from_pretrained(out).state_dict() for out in (whole, parts)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_evaluate(model_dir, tmp_path, monkeypatch, capsys):
+    edits = write_edits(tmp_path / "edits.jsonl", 6)
+    scores = tmp_path / "scores.json"
+    code, printed, _ = run(
+        monkeypatch, capsys, "evaluate", model_dir, edits, "--exact", "--limit", 4, "--json", scores
+    )
+    assert code == 0
+    assert "efficacy" in printed
+    saved = json.loads(scores.read_text())
+    assert saved["counts"]["efficacy"] == 4
+    assert set(saved["exact"]) == {"efficacy", "generalization", "specificity"}
+
+
+def test_info_names_every_op_and_why(monkeypatch, capsys):
+    code, printed, _ = run(monkeypatch, capsys, "info")
+    assert code == 0
+    for word in ("torch", "transformers", "extension", "ops on cpu", "solve_shift", "random_mask"):
+        assert word in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["edit", "{model}", "{edits}", "--out", "{out}", "--module", "lm_hed"], "nearest are"),
+        (["edit", "{model}", "{edits}", "--out", "{out}", "--preset", "gpt-5"], "unknown preset"),
+        (["edit", "{model}", "{edits}", "--out", "{out}", "--lr", "-1"], "lr is -1.0"),
+        (["edit", "{model}", "{edits}", "--out", "{out}", "--dtype", "int4"], "dtype is 'int4'"),
+        (
+            ["edit", "{model}", "{edits}", "--out", "{out}", "--resume"],
+            "was not saved by an editor",
+        ),
+        (["edit", "{model}", "{none}", "--out", "{out}"], "none.json"),
+        (["edit", "{none}", "{edits}", "--out", "{out}"], "is not a directory with a model"),
+        (["edit", "{model}", "{broken}", "--out", "{out}"], "line 2"),
+        (["evaluate", "{model}", "{edits}", "--format", "odd"], "odd"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2(
+    model_dir, tmp_path, monkeypatch, capsys, arguments, message
+):
+    places = {
+        "model": model_dir,
+        "edits": write_edits(tmp_path / "edits.jsonl", 3),
+        "out": tmp_path / "out",
+        "none": tmp_path / "none.json",
+        "broken": tmp_path / "broken.jsonl",
+    }
+    places["broken"].write_text('{"prompt": "a", "target": "b"}\n{"prompt": oops}\n')
+    filled = [argument.format(**places) for argument in arguments]
+    code, _, errors = run(monkeypatch, capsys, *filled)
+    assert code == 2
+    assert message in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out" / "pyeditfast.json").exists()
+
+
+def test_an_edited_model_is_not_overwritten(model_dir, tmp_path, monkeypatch, capsys):
+    edits = write_edits(tmp_path / "edits.jsonl", 3)
+    out = tmp_path / "out"
+    command = ("edit", model_dir, edits, "--out", out)
+    assert run(monkeypatch, capsys, *command)[0] == 0
+    code, _, errors = run(monkeypatch, capsys, *command)
+    assert code == 2
+    assert "use --resume or another --out" in errors
+    code, _, errors = run(monkeypatch, capsys, *command, "--resume", "--lr", "0.5")
+    assert code == 2
+    assert "leave out lr" in errors
+
+
+def test_bad_records_can_be_passed_over(model_dir, tmp_path, monkeypatch, capsys):
+    edits = write_edits(tmp_path / "edits.jsonl", 3)
+    edits.write_text('{"prompt": "only a prompt", "target": 7}\n' + edits.read_text())
+    command = ("edit", model_dir, edits, "--out", tmp_path / "out", "--format", "pyeditfast")
+    code, _, errors = run(monkeypatch, capsys, *command)
+    assert code == 2
+    assert "target" in errors
+    code, printed, errors = run(monkeypatch, capsys, *command, "--skip-bad-records")
+    assert code == 0, errors
+    assert "3 edits in 1 turn," in printed
+    assert errors.count("skipped:") == 1
+
+
+def test_the_command_is_installed():
+    script = Path(sys.executable).with_name("pyeditfast")
+    printed = subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout
+    for command in ("edit", "evaluate", "demo", "info"):
+        assert command in printed
