@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -89,6 +90,9 @@ def edit(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run that was stopped in --out.")
     ] = False,
+    report_file: Annotated[
+        Path | None, typer.Option("--report", help="Write the report, all rejections in it, here.")
+    ] = None,
     score: Annotated[
         bool, typer.Option("--score", help="Score the model on the edits, before and after.")
     ] = False,
@@ -117,22 +121,25 @@ def edit(
             raise ValueError(f"{out} holds an edited model; use --resume or another --out")
         editor = _new_editor(model, _config(preset, given), dtype, device)
     print(f"editing {', '.join(editor.config.edit_modules or ())}")
-    records = itertools.islice(
-        _records(edits, format, limit, skip_bad_records), editor.records, None
-    )
+    first = editor.records
+    records = itertools.islice(_records(edits, format, limit, skip_bad_records), first, None)
     if score and not resume:
         sample = _records(edits, format, limit, skip_bad_records)
         print(f"before: {evaluate_model(editor.model, editor.tokenizer, sample)}")
     try:
-        report = editor.edit(
-            records, strict=strict, progress=True, total=max(0, total - editor.records)
-        )
+        report = editor.edit(records, strict=strict, progress=True, total=max(0, total - first))
     except KeyboardInterrupt:
         print(f"\nstopped; saving the {editor.edits} edits of {editor.turns} whole turns to {out}")
         editor.save(out)
         print("go on with the same command and --resume")
         raise SystemExit(130) from None
+    report.rejected = [
+        dataclasses.replace(rejection, index=rejection.index + first)
+        for rejection in report.rejected
+    ]
     print(report)
+    if report_file is not None:
+        report_file.write_text(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
     if score:
         sample = _records(edits, format, limit, skip_bad_records)
         print(f"after:  {evaluate_model(editor.model, editor.tokenizer, sample)}")

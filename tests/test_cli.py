@@ -54,7 +54,8 @@ def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
 def test_edit_saves_what_the_editor_gives(model_dir, tmp_path, monkeypatch, capsys):
     edits = write_edits(tmp_path / "edits.jsonl", 12)
     out = tmp_path / "out"
-    options = ["--turn-size", 5, "--lr", 1e-4, "--score"]
+    report = tmp_path / "report.json"
+    options = ["--turn-size", 5, "--lr", 1e-4, "--score", "--report", report]
     code, printed, errors = run(
         monkeypatch, capsys, "edit", model_dir, edits, "--out", out, *options
     )
@@ -68,6 +69,7 @@ def test_edit_saves_what_the_editor_gives(model_dir, tmp_path, monkeypatch, caps
     ):
         assert line in printed
     assert "12/12" in errors
+    assert json.loads(report.read_text())["edits"] == 12
     model = tiny_model("llama")
     config = UltraEditConfig(
         ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"), lr=1e-4, turn_size=5

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,10 @@ class EditReport:
         """Return the edits carried out per second of wall clock, 0 before any."""
         total = self.seconds.get("total", 0.0)
         return self.edits / total if total > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready values."""
+        return {**asdict(self), "edits_per_second": self.edits_per_second}
 
     def __str__(self) -> str:
         lines = [

@@ -67,9 +67,12 @@ def _checked(name: str, known: dict[str, nn.Module]) -> nn.Module:
             f"{name} is a {type(module).__name__}; an nn.Linear or a Conv1D is needed"
         )
     weight = module.weight
-    if not weight.is_floating_point() or weight.element_size() == 1:
+    # Quantization libraries also hide behind tensor subclasses that call themselves bfloat16.
+    plain = type(weight.data) is Tensor
+    if not plain or not weight.is_floating_point() or weight.element_size() == 1:
+        kind = weight.dtype if plain else type(weight.data).__name__
         raise UnsupportedWeightError(
-            f"{name} holds a {weight.dtype} weight ({type(module).__name__}); "
+            f"{name} holds a {kind} weight ({type(module).__name__}); "
             "quantized weights cannot be edited in place: "
             "load the model in bfloat16, float16 or float32"
         )

@@ -266,3 +266,24 @@ def test_wrong_arguments():
         UltraEditor(tiny_model("llama"), tiny_tokenizer(), UltraEditConfig(["model.layers.9.mlp"]))
     with pytest.raises(TypeError, match="edit 0 is a tuple, not a pyeditfast.Edit"):
         make_editor().edit([("prompt", "target")])
+
+
+def test_a_model_spread_over_places_gives_the_same_bits(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    whole, spread = make_editor(), make_editor()
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "disk",
+        "model.layers.1": "cpu",
+        "model.layers.2": "cpu",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "disk",
+    }
+    accelerate.dispatch_model(spread.model, places, offload_dir=tmp_path, main_device="cpu")
+    spread = UltraEditor(spread.model, spread.tokenizer, spread.config)
+    spread.edit(facts(20))
+    whole.edit(facts(20))
+    for name in whole.config.edit_modules:
+        ours = spread.model.get_submodule(name).weight
+        assert torch.equal(ours, whole.model.get_submodule(name).weight)

@@ -52,3 +52,14 @@ def test_weights_that_cannot_be_edited():
     model.model.layers[2].mlp.down_proj.to("meta")
     with pytest.raises(UnsupportedWeightError, match="offloaded"):
         find_edit_modules(model, ["model.layers.2.mlp.down_proj"])
+
+
+def test_a_tensor_subclass_is_refused():
+    class Quantized(torch.Tensor):
+        pass
+
+    model = tiny_model("llama")
+    hidden = torch.zeros(32, 64).as_subclass(Quantized)
+    model.model.layers[1].mlp.down_proj.weight = nn.Parameter(hidden, requires_grad=False)
+    with pytest.raises(UnsupportedWeightError, match="Quantized weight"):
+        find_edit_modules(model, ["model.layers.1.mlp.down_proj"])
