@@ -20,8 +20,9 @@ def gram(keys: Tensor, ridge: float = 0.0, *, dtype: torch.dtype = torch.float32
     """Return ``K Kᵀ + ridge · I``.
 
     ``keys`` ``[..., n, d_in]``, any floating dtype; the result is ``[..., n, n]`` in ``dtype``
-    (float32 or float64), symmetric, and computed without TF32. Raises ``TypeError`` for a dtype
-    that is not floating point and ``ValueError`` for fewer than two dimensions or a negative ridge.
+    (float32 or float64), symmetric up to rounding, and computed without TF32. Raises ``TypeError``
+    for a dtype that is not floating point and ``ValueError`` for fewer than two dimensions or a
+    negative ridge.
 
     Floor for one batch item: ``n² d_in`` FLOPs (one triangle), ``n d_in`` elements read, ``4 n²``
     bytes written. The dual form of UltraEdit's normal equations (arXiv 2505.14679).

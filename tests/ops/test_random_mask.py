@@ -260,6 +260,15 @@ def test_mask_is_uniform_below_ratio():
     assert torch.equal(op.random_mask(5, ratio, (100, 101)), below)
 
 
+@pytest.mark.parametrize("name", ["reference", "auto"])
+def test_a_number_equal_to_the_ratio_is_not_below_it(name):
+    with backend(name):
+        numbers = op.random_uniform(5, (50,))
+        for index, number in enumerate(numbers.tolist()):
+            assert not op.random_mask(5, number, (50,))[index]
+            assert op.random_mask(5, min(1.0, number + 1e-6), (50,))[index]
+
+
 @pytest.mark.parametrize("ratio", [0.01, 0.2, 0.5, 0.97])
 def test_share_of_true(ratio):
     numel = 1 << 20
