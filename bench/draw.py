@@ -40,7 +40,7 @@ def table(path: Path, content: dict[str, Any]) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Drawn by `bench/draw.py`; do not edit. Published and pyeditfast were timed in the same run,",
+        "Drawn by `bench/draw.py`; do not edit. Both forms were timed in the same run,",
         "the same way, on fresh random inputs; only the ratios carry over to another machine.",
         "",
         f"From `{path.relative_to(REPOSITORY)}`: {content['date']}, commit {content['commit']}, "

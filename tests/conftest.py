@@ -25,5 +25,5 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Run torch on one thread: tiny shapes gain nothing from more, and a busy machine loses much."""
+    """Run torch on one thread: tiny shapes gain nothing from more, busy machines lose much."""
     torch.set_num_threads(1)

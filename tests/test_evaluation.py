@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 from facts import facts
-from pyeditfast_published.evaluate import published_scores
 from tiny_models import mlp_modules, tiny_model, tiny_tokenizer
 
 from pyeditfast import Edit, Probe, UltraEditConfig, UltraEditor, evaluate
+from pyeditfast_published.evaluate import published_scores
 
 
 @pytest.fixture(scope="module")

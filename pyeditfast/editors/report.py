@@ -48,7 +48,8 @@ class EditReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{_counted(self.edits, 'edit')} in {_counted(self.turns, 'turn')}, {self.edits_per_second:.1f} edits/s, "
+            f"{_counted(self.edits, 'edit')} in {_counted(self.turns, 'turn')}, "
+            f"{self.edits_per_second:.1f} edits/s, "
             f"{len(self.rejected)} rejected, peak memory {self.peak_memory_bytes / 2**20:.0f} MiB"
         ]
         phases = sorted(self.seconds.items(), key=lambda item: -item[1])

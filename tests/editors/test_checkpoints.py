@@ -95,7 +95,7 @@ def test_weights_of_another_state_are_refused(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"] += 1
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="are not those that pyeditfast.json was saved with"):
+    with pytest.raises(ValueError, match=r"are not those that pyeditfast\.json was saved with"):
         UltraEditor.load(tmp_path)
 
 

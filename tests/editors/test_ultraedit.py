@@ -99,7 +99,7 @@ def test_bad_edits_are_reported_and_the_others_carried_out():
 
 def test_strict_stops_before_the_turn_of_the_bad_edit():
     editor, clean = make_editor(), make_editor()
-    with pytest.raises(EditRejectedError, match="edit 12 .*the target is empty"):
+    with pytest.raises(EditRejectedError, match=r"edit 12 .*the target is empty"):
         editor.edit([*facts(12), Edit("x", "")], strict=True)
     clean.edit(facts(10))
     assert same(weights(editor), weights(clean))
@@ -264,7 +264,7 @@ def test_default_modules_and_their_log(caplog):
 def test_wrong_arguments():
     with pytest.raises(UnknownModuleError, match="nearest"):
         UltraEditor(tiny_model("llama"), tiny_tokenizer(), UltraEditConfig(["model.layers.9.mlp"]))
-    with pytest.raises(TypeError, match="edit 0 is a tuple, not a pyeditfast.Edit"):
+    with pytest.raises(TypeError, match=r"edit 0 is a tuple, not a pyeditfast\.Edit"):
         make_editor().edit([("prompt", "target")])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from transformers import (
     AutoModelForCausalLM,
     Gemma3Config,
@@ -15,7 +16,6 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
 )
-from tiny_models import tiny_model
 
 from pyeditfast import UltraEditConfig
 from pyeditfast.editors.presets import ULTRAEDIT_MODULES, default_modules

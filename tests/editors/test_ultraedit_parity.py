@@ -8,11 +8,11 @@ import itertools
 import pytest
 import torch
 from facts import facts
-from pyeditfast_published.ultraedit import PublishedUltraEdit
 from tiny_models import mlp_modules, tiny_model, tiny_tokenizer
 
 from pyeditfast import Edit, UltraEditConfig, UltraEditor, load_edits
 from pyeditfast.model.edit_modules import find_edit_modules
+from pyeditfast_published.ultraedit import PublishedUltraEdit
 
 TURN = 20
 

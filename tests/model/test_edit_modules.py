@@ -27,7 +27,7 @@ def test_an_unknown_name_suggests_the_nearest():
     with pytest.raises(UnknownModuleError, match="nearest are") as error:
         find_edit_modules(model, ["model.layers.1.mlp.down_porj"])
     assert "model.layers.1.mlp.down_proj" in str(error.value)
-    with pytest.raises(UnknownModuleError, match="model.layers.2.mlp.up_proj"):
+    with pytest.raises(UnknownModuleError, match=r"model\.layers\.2\.mlp\.up_proj"):
         find_edit_modules(model, ["language_model.model.layers.2.mlp.up_proj"])
 
 

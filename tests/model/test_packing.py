@@ -1,4 +1,4 @@
-"""The packed forward gives what the padded one gives, for every family, and knows when it cannot."""
+"""The packed forward equals the padded one, for every family, and knows when it cannot."""
 
 from __future__ import annotations
 

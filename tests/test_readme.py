@@ -1,0 +1,43 @@
+"""The README's example runs as it stands, on what the demo leaves behind."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from facts import facts
+from tiny_models import tiny_model, tiny_tokenizer
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+
+
+def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in example.splitlines() if line and "import" not in line]) == 6
+    demo = tmp_path / "build" / "demo"
+    tiny_model("llama").save_pretrained(demo / "base-model")
+    tiny_tokenizer().save_pretrained(demo / "base-model")
+    (demo / "edits.json").write_text(json.dumps([asdict(edit) for edit in facts(30)]))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "30 edits in 2 turns" in printed
+    assert "efficacy" in printed
+    assert (tmp_path / "build" / "my-model" / "model.safetensors").is_file()
+
+
+def test_every_file_that_the_readme_shows_is_there():
+    root = Path(__file__).resolve().parents[1]
+    shown = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
+    assert shown
+    for name in shown:
+        assert (root / name).is_file(), name
+
+
+@pytest.mark.parametrize("target", ["run", "test", "bench"])
+def test_the_commands_exist(target):
+    makefile = (Path(__file__).resolve().parents[1] / "Makefile").read_text()
+    assert re.search(rf"^{target}:", makefile, re.MULTILINE)
