@@ -9,19 +9,33 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import logging
+import os
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "reference", "torch", "cpp")
+BACKENDS = ("auto", "reference", "torch", "cpp", "triton")
+
+RUN_ON_A_GPU: frozenset[str] = frozenset()
+"""The ops whose Triton kernels a GPU has run and found correct; ``auto`` takes no others."""
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What the Triton kernels read."""
 
 _requested: ContextVar[str] = ContextVar("pyeditfast_backend", default="auto")
+
+
+def always(device: torch.device) -> str | None:
+    """Say that a candidate runs on every device."""
+    return None
 
 
 @dataclass(frozen=True)
@@ -29,10 +43,13 @@ class Candidate:
     """One implementation of an op.
 
     ``unavailable(device)`` returns None where the implementation can run, else the reason why not.
+    ``not_automatic(device)`` returns None where ``"auto"`` may take it, else the reason why it has
+    to be asked for.
     """
 
     backend: str
     unavailable: Callable[[torch.device], str | None]
+    not_automatic: Callable[[torch.device], str | None] = always
 
 
 @dataclass(frozen=True)
@@ -44,9 +61,57 @@ class Choice:
     reason: str
 
 
-def always(device: torch.device) -> str | None:
-    """Say that a candidate runs on every device."""
-    return None
+def triton_candidate(op: str) -> Candidate:
+    """Return the Triton implementation of ``op`` as a candidate.
+
+    It takes CUDA tensors; CPU tensors only in Triton's interpreter, that is where
+    ``TRITON_INTERPRET=1`` was set before triton was imported. ``"auto"`` takes it on CUDA, once
+    ``RUN_ON_A_GPU`` names the op.
+    """
+    return Candidate("triton", _triton_unavailable, functools.partial(_triton_not_automatic, op))
+
+
+def _triton_unavailable(device: torch.device) -> str | None:
+    if not _triton_is_installed():
+        return "triton is not installed; pip install triton"
+    if device.type == "cuda" or (device.type == "cpu" and _interprets()):
+        return None
+    if device.type == "cpu":
+        return "it needs a CUDA device, or TRITON_INTERPRET=1 set before triton is imported"
+    return f"it runs on CUDA devices, not on {device.type}"
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton_not_automatic(op: str, device: torch.device) -> str | None:
+    if device.type != "cuda" or _interprets():
+        return "Triton's interpreter is for tests"
+    return None if op in RUN_ON_A_GPU else "no GPU has run this kernel yet"
+
+
+def _interprets() -> bool:
+    # Triton decides when it is imported, and is imported only when a kernel is launched.
+    language = sys.modules.get("triton.language")
+    if language is None:
+        return os.environ.get("TRITON_INTERPRET") == "1"
+    return type(language.sum).__name__ == "InterpretedFunction"
+
+
+def fitting(candidates: Sequence[Candidate], *dtypes: torch.dtype) -> Sequence[Candidate]:
+    """Return the candidates for tensors of ``dtypes``: Triton states the one it does not take."""
+    unfit = [dtype for dtype in dtypes if dtype not in KERNEL_DTYPES]
+    if not unfit:
+        return candidates
+    reason = f"its kernels take bfloat16, float16 and float32, not {unfit[0]}"
+    return [
+        replace(candidate, unavailable=lambda device: reason)
+        if candidate.backend == "triton"
+        else candidate
+        for candidate in candidates
+    ]
 
 
 @contextlib.contextmanager
@@ -54,9 +119,11 @@ def backend(name: str) -> Iterator[None]:
     """Choose the backend of every op inside a ``with`` block.
 
     ``"auto"`` (the default) takes the fastest that runs on the tensor's device, ``"reference"`` the
-    plain equations, ``"torch"`` the fast torch forms, ``"cpp"`` the compiled extension. An op that
-    lacks the named backend raises ``ValueError`` when it is called. The choice holds for the
-    current thread or task only. Raises ``ValueError`` for an unknown name.
+    plain equations, ``"torch"`` the fast torch forms, ``"cpp"`` the compiled extension,
+    ``"triton"`` the Triton kernels: on CUDA, or on the CPU in Triton's interpreter, for which
+    ``TRITON_INTERPRET=1`` has to be set before triton is imported. An op that lacks the named
+    backend raises ``ValueError`` when it is called. The choice holds for the current thread or task
+    only. Raises ``ValueError`` for an unknown name.
     """
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
@@ -75,6 +142,8 @@ def explain(op: str, candidates: Sequence[Candidate], device: torch.device) -> C
         if requested not in ("auto", candidate.backend):
             continue
         reason = candidate.unavailable(device)
+        if reason is None and requested == "auto":
+            reason = candidate.not_automatic(device)
         if reason is None:
             if requested != "auto":
                 why = "asked for"

@@ -25,18 +25,18 @@ from pyeditfast.model.edit_modules import EditModule
 
 STATE_FILE = "pyeditfast.json"
 TENSOR_FILE = "pyeditfast.safetensors"
+STAGING = ".saving-"
 FORMAT = 1
-SAMPLES = 4096
 
 
 def fingerprint(modules: Sequence[EditModule]) -> str:
-    """Return a digest of evenly spaced samples of the edited weights."""
+    """Return a digest of the names and every byte of the edited weights."""
     digest = hashlib.sha256()
     for item in modules:
-        flat = item.weight.reshape(-1) if item.weight.is_contiguous() else item.weight.T.reshape(-1)
-        sample = flat[:: max(1, flat.numel() // SAMPLES)].float().cpu().contiguous()
         digest.update(item.name.encode())
-        digest.update(sample.numpy().tobytes())
+        stored = item.module.weight.data
+        assert isinstance(stored, Tensor)
+        digest.update(stored.contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -56,7 +56,9 @@ def save(
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; a directory is needed")
     directory.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    for abandoned in directory.glob(f"{STAGING}*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=directory))
     try:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
@@ -64,6 +66,8 @@ def save(
         record = {"format": FORMAT, **state, "fingerprint": fingerprint(modules)}
         (staging / STATE_FILE).write_text(json.dumps(record, indent=2) + "\n")
         for source in sorted(staging.iterdir(), key=lambda path: path.name == STATE_FILE):
+            if source.is_dir():
+                shutil.rmtree(directory / source.name, ignore_errors=True)
             os.replace(source, directory / source.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -107,7 +111,9 @@ def load_model(
     device. No remote code is run.
     """
     spread = device if device == "auto" else None
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=spread)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, device_map=spread, trust_remote_code=False
+    )
     if device is not None and spread is None:
         torch.nn.Module.to(model, device)
-    return model, AutoTokenizer.from_pretrained(source)
+    return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)

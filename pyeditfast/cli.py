@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ from pyeditfast.data import FORMATS, Edit, load_edits
 from pyeditfast.errors import PyEditFastError, RecordError
 
 if TYPE_CHECKING:
-    from pyeditfast.editors import UltraEditConfig, UltraEditor
+    from pyeditfast.editors import EditReport, UltraEditConfig, UltraEditor
+    from pyeditfast.evaluation import Scores
 
 app = typer.Typer(
     help="Edit facts in causal language models.",
@@ -52,6 +54,8 @@ TokensOption = Annotated[
 
 def main() -> None:
     """Run the command line; errors that a user can act on are printed without a traceback."""
+    # A polite kill stops at a whole turn and saves, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         app()
@@ -78,7 +82,12 @@ def edit(
     lr: Annotated[float | None, typer.Option(help="Scale of the values [1e-6].")] = None,
     turn_size: Annotated[int | None, typer.Option(help="Edits a turn [100].")] = None,
     ridge: Annotated[float | None, typer.Option(help="Ridge λ [1].")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Edits that share one mean in the loss [10].")
+    ] = None,
     variance: Annotated[str | None, typer.Option(help="unbiased or published.")] = None,
+    form: Annotated[str | None, typer.Option(help="auto, dual or primal.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of stochastic rounding [0].")] = None,
     rounding: Annotated[
         str | None, typer.Option(help="nearest, stochastic or compensated.")
     ] = None,
@@ -88,7 +97,8 @@ def edit(
     strict: Annotated[bool, typer.Option("--strict", help="Stop at a rejected edit.")] = False,
     skip_bad_records: SkipOption = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run that was stopped in --out.")
+        bool,
+        typer.Option("--resume", help="Go on with the run (model, settings) stopped in --out."),
     ] = False,
     report_file: Annotated[
         Path | None, typer.Option("--report", help="Write the report, all rejections in it, here.")
@@ -98,53 +108,57 @@ def edit(
     ] = False,
 ) -> None:
     """Edit facts into MODEL with UltraEdit and save the result."""
-    from pyeditfast.evaluation import evaluate as evaluate_model
+    from pyeditfast.editors import EditReport
 
-    total = _count(edits, format, limit, skip_bad_records)
     changes = {
         "lr": lr,
         "turn_size": turn_size,
+        "micro_batch": micro_batch,
         "ridge": ridge,
         "variance": variance,
+        "form": form,
         "rounding": rounding,
+        "seed": seed,
         "tokens_per_pass": tokens_per_pass,
-        "edit_modules": module or None,
+        "edit_modules": tuple(module) if module else None,
     }
     given = {name: value for name, value in changes.items() if value is not None}
+    config = _config(preset, given)
+    _check_places(model, out, report_file, resume)
+    total = _count(edits, format, limit, skip_bad_records)
     if resume:
-        editor = _resumed(out, given, preset, device, tokens_per_pass)
+        editor = _resumed(out, config, {*given, *(["edit_modules"] if preset else [])}, device)
         print(
             f"{out} holds {editor.edits} edits from {editor.records} records; going on from there"
         )
     else:
-        if (out / "pyeditfast.json").exists():
-            raise ValueError(f"{out} holds an edited model; use --resume or another --out")
-        editor = _new_editor(model, _config(preset, given), dtype, device)
+        editor = _new_editor(model, config, dtype, device)
     print(f"editing {', '.join(editor.config.edit_modules or ())}")
-    first = editor.records
+    first, turns = editor.records, editor.turns
     records = itertools.islice(_records(edits, format, limit, skip_bad_records), first, None)
     if score and not resume:
-        sample = _records(edits, format, limit, skip_bad_records)
-        print(f"before: {evaluate_model(editor.model, editor.tokenizer, sample)}")
+        print(f"before: {_score(editor, edits, format, limit)}")
+    report = EditReport()
     try:
-        report = editor.edit(records, strict=strict, progress=True, total=max(0, total - first))
-    except KeyboardInterrupt:
-        print(f"\nstopped; saving the {editor.edits} edits of {editor.turns} whole turns to {out}")
-        editor.save(out)
-        print("go on with the same command and --resume")
-        raise SystemExit(130) from None
-    report.rejected = [
-        dataclasses.replace(rejection, index=rejection.index + first)
-        for rejection in report.rejected
-    ]
-    print(report)
-    if report_file is not None:
-        report_file.write_text(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
-    if score:
-        sample = _records(edits, format, limit, skip_bad_records)
-        print(f"after:  {evaluate_model(editor.model, editor.tokenizer, sample)}")
+        editor.edit(
+            records, strict=strict, progress=True, total=max(0, total - first), report=report
+        )
+    except BaseException as error:
+        # Hours of turns may be done: whatever stopped the run, they are kept.
+        if editor.turns > turns:
+            print(f"\nstopped; saving the {editor.edits} edits of {editor.turns} whole turns")
+            editor.save(out)
+            print(f"saved to {out}; go on with the same command and --resume")
+        _write_report(report, first, report_file)
+        if isinstance(error, KeyboardInterrupt):
+            raise SystemExit(130) from None
+        raise
     editor.save(out)
+    _write_report(report, first, report_file)
+    print(report)
     print(f"saved to {out}")
+    if score:
+        print(f"after:  {_score(editor, edits, format, limit)}")
 
 
 @app.command()
@@ -269,23 +283,56 @@ def _new_editor(
 
 
 def _resumed(
-    out: Path,
-    given: dict[str, Any],
-    preset: str | None,
-    device: str | None,
-    tokens_per_pass: int | None,
+    out: Path, config: UltraEditConfig, named: set[str], device: str | None
 ) -> UltraEditor:
+    """Return the editor saved in ``out``; the settings ``named`` must be those that it has."""
     from pyeditfast.editors import UltraEditor
 
-    fixed = sorted(set(given) - {"tokens_per_pass"}) + (["preset"] if preset else [])
-    editor = UltraEditor.load(out, device=_device(device), tokens_per_pass=tokens_per_pass)
-    saved = editor.config.to_dict()
-    changed = [name for name in fixed if name == "preset" or given[name] != saved[name]]
+    editor = UltraEditor.load(out, device=_device(device), tokens_per_pass=config.tokens_per_pass)
+    changed = sorted(
+        name
+        for name in named - {"tokens_per_pass"}
+        if getattr(config, name) != getattr(editor.config, name)
+    )
     if changed:
         raise ValueError(
-            f"--resume goes on with the settings of the stopped run; leave out {', '.join(changed)}"
+            f"--resume goes on with the settings of the stopped run; {', '.join(changed)} differ"
         )
     return editor
+
+
+def _check_places(model: str, out: Path, report_file: Path | None, resume: bool) -> None:
+    """Refuse what could not be written, or would write over something, before any work."""
+    if report_file is not None and not report_file.absolute().parent.is_dir():
+        raise ValueError(f"--report {report_file}: there is no directory {report_file.parent}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; a directory is needed")
+    if not resume and (out / "config.json").exists():
+        what = "an edited model" if (out / "pyeditfast.json").exists() else "a model"
+        raise ValueError(f"{out} holds {what}; use --resume or another --out")
+    if not resume and Path(model).is_dir() and out.resolve() == Path(model).resolve():
+        raise ValueError(f"--out {out} is the model itself; name another directory")
+    if not resume:
+        out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out if out.exists() else out.absolute().parent, os.W_OK):
+        raise ValueError(f"--out {out} cannot be written")
+
+
+def _write_report(report: EditReport, first: int, report_file: Path | None) -> None:
+    """Number the rejections as the file does, and write the report if it is wanted."""
+    report.rejected = [
+        dataclasses.replace(rejection, index=rejection.index + first)
+        for rejection in report.rejected
+    ]
+    if report_file is not None:
+        report_file.write_text(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
+
+
+def _score(editor: UltraEditor, edits: Path, format: str, limit: int | None) -> Scores:
+    from pyeditfast.evaluation import evaluate as evaluate_model
+
+    stream = load_edits(edits, format, on_error="skip", report=lambda error: None)
+    return evaluate_model(editor.model, editor.tokenizer, itertools.islice(stream, limit))
 
 
 def _load(source: str, dtype: str, device: str | None) -> tuple[Any, Any]:

@@ -24,7 +24,14 @@ class UnsupportedWeightError(PyEditFastError, TypeError):
 
 
 class PassTooLargeError(PyEditFastError, MemoryError):
-    """A single sequence does not fit in memory, so that no smaller pass can be tried."""
+    """A single sequence does not fit in memory, so that no smaller pass can be tried.
+
+    ``index`` is the caller's number of the sequence, None if unknown.
+    """
+
+    def __init__(self, message: str, index: int | None = None) -> None:
+        super().__init__(message)
+        self.index = index
 
 
 class NumericalError(PyEditFastError, ArithmeticError):

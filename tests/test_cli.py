@@ -96,8 +96,10 @@ def test_a_stopped_run_goes_on(model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(UltraEditor, "_run_turn", original)
     assert code == 130
     assert "saving the 10 edits of 2 whole turns" in printed
+    # The same command, as the message says, with --resume.
+    resumed = ["--resume", "--turn-size", 5, "--lr", 1e-4]
     code, printed, errors = run(
-        monkeypatch, capsys, "edit", model_dir, edits, "--out", parts, "--resume"
+        monkeypatch, capsys, "edit", model_dir, edits, "--out", parts, *resumed
     )
     assert code == 0, errors
     assert "10 edits from 10 records; going on from there" in printed
@@ -174,7 +176,7 @@ def test_an_edited_model_is_not_overwritten(model_dir, tmp_path, monkeypatch, ca
     assert "use --resume or another --out" in errors
     code, _, errors = run(monkeypatch, capsys, *command, "--resume", "--lr", "0.5")
     assert code == 2
-    assert "leave out lr" in errors
+    assert "lr differ" in errors
 
 
 def test_bad_records_can_be_passed_over(model_dir, tmp_path, monkeypatch, capsys):
@@ -195,3 +197,32 @@ def test_the_command_is_installed():
     printed = subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout
     for command in ("edit", "evaluate", "demo", "info"):
         assert command in printed
+
+
+def test_a_failure_keeps_the_turns_before_it(model_dir, tmp_path, monkeypatch, capsys):
+    edits = write_edits(tmp_path / "edits.jsonl", 12)
+    edits.write_text(edits.read_text() + '{"prompt": "nothing to say", "target": " "}\n')
+    out, report = tmp_path / "out", tmp_path / "report.json"
+    options = ["--turn-size", 5, "--strict", "--out", out, "--report", report]
+    code, printed, errors = run(monkeypatch, capsys, "edit", model_dir, edits, *options)
+    assert code == 2
+    assert "the target is empty" in errors
+    assert "saving the 10 edits of 2 whole turns" in printed
+    assert UltraEditor.load(out).edits == 10
+    assert json.loads(report.read_text())["edits"] == 10
+
+
+def test_places_are_checked_before_any_work(model_dir, tmp_path, monkeypatch, capsys):
+    edits = write_edits(tmp_path / "edits.jsonl", 3)
+    monkeypatch.setattr(cli, "_new_editor", lambda *arguments: pytest.fail("too late"))
+    file = tmp_path / "file"
+    file.write_text("")
+    out = tmp_path / "out"
+    for options, message in (
+        (["--out", file], "is a file"),
+        (["--out", model_dir], "holds a model"),
+        (["--out", out, "--report", tmp_path / "nowhere" / "r.json"], "there is no directory"),
+    ):
+        code, _, errors = run(monkeypatch, capsys, "edit", model_dir, edits, *options)
+        assert code == 2
+        assert message in errors

@@ -59,7 +59,7 @@ def _draw_scores(axes: Any, result: DemoResult) -> None:
     axes.set_xticks(range(len(SCORES)), [f"{what}\n({key})" for key, what in SCORES.items()])
     axes.set_yticks([])
     axes.set_ylim(0, 125)
-    axes.set_ylabel("right answers, %", color=MUTED)
+    axes.set_ylabel("wanted answers, %", color=MUTED)
     axes.legend(loc="upper center", ncols=len(series), frameon=False, labelcolor=INK)
 
 

@@ -11,19 +11,23 @@ from types import FrameType
 
 @contextlib.contextmanager
 def interrupt_held_back() -> Iterator[None]:
-    """Deliver a Ctrl-C that arrives inside a ``with`` block only after it.
+    """Deliver a Ctrl-C or a polite kill that arrives inside a ``with`` block only after it.
 
-    Python delivers interrupts to the main thread alone, so elsewhere there is nothing to hold back.
+    Python delivers signals to the main thread alone, so elsewhere there is nothing to hold back.
     """
-    previous = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or previous is None:
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # What the default action or nobody handles in Python, Python cannot hold back.
+    held = {number: handler for number, handler in previous.items() if callable(handler)}
     arrived: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: arrived.append((number, frame)))
+    for number in held:
+        signal.signal(number, lambda number, frame: arrived.append((number, frame)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
-    if arrived and callable(previous):
-        previous(*arrived[0])
+        for number, handler in held.items():
+            signal.signal(number, handler)
+    if arrived:
+        held[signal.Signals(arrived[0][0])](*arrived[0])

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+OTHER_TOWER = re.compile(r"vision|visual|image|audio|encoder", re.IGNORECASE)
+
 
 def _layers(pattern: str, layers: Iterable[int]) -> tuple[str, ...]:
     return tuple(pattern.format(layer) for layer in layers)
@@ -84,7 +86,7 @@ def default_modules(model: PreTrainedModel) -> tuple[str, ...]:
     found: dict[int, str] = {}
     for name, module in modules.items():
         match = DOWN_PROJECTION.match(name)
-        if match and getattr(module, "weight", None) is not None:
+        if match and not OTHER_TOWER.search(name) and getattr(module, "weight", None) is not None:
             found[int(match[1])] = name
     if not found:
         raise ValueError(

@@ -19,13 +19,15 @@ class Turn:
     """The edits of one turn.
 
     ``sequences`` carry the number of the edit in the run as ``index``; ``edits`` maps that number
-    to the edit; ``consumed`` counts the records read since the turn before, usable or not.
+    to the edit; ``consumed`` counts the records read since the turn before, usable or not;
+    ``by_prompt`` lists the edits of each prompt, which share one target.
     """
 
     sequences: list[AnswerSequence] = field(default_factory=list)
     edits: dict[int, Edit] = field(default_factory=dict)
     rejected: list[Rejection] = field(default_factory=list)
     consumed: int = 0
+    by_prompt: dict[str, list[int]] = field(default_factory=dict)
 
     def reject(self, index: int, reason: str) -> None:
         """Take edit ``index`` out of the turn and note why."""
@@ -39,6 +41,7 @@ def gather_turns(
     tokenizer: PreTrainedTokenizerBase,
     turn_size: int,
     limit: int | None,
+    vocabulary: int | None = None,
 ) -> Iterator[Turn]:
     """Yield turns of ``turn_size`` usable edits; the last may be smaller, and empty if only
     rejected edits were left.
@@ -55,7 +58,7 @@ def gather_turns(
             block = list(itertools.islice(stream, turn_size - len(turn.edits)))
             if not block:
                 break
-            _add(turn, block, tokenizer, limit)
+            _add(turn, block, tokenizer, limit, vocabulary)
         if turn.consumed == 0:
             return
         yield turn
@@ -66,24 +69,25 @@ def _add(
     block: list[tuple[int, Edit]],
     tokenizer: PreTrainedTokenizerBase,
     limit: int | None,
+    vocabulary: int | None,
 ) -> None:
     for index, edit in block:
         if not isinstance(edit, Edit):
             raise TypeError(f"edit {index} is a {type(edit).__name__}, not a pyeditfast.Edit")
-    built = build_sequences(tokenizer, [(edit.prompt, edit.target) for _, edit in block], limit)
+    pairs = [(edit.prompt, edit.target) for _, edit in block]
+    built = build_sequences(tokenizer, pairs, limit, vocabulary)
     turn.consumed += len(block)
     for (index, edit), sequence in zip(block, built, strict=True):
-        for other, earlier in list(turn.edits.items()):
-            if (
-                earlier.prompt == edit.prompt
-                and earlier.target != edit.target
-                and not isinstance(sequence, str)
-            ):
-                turn.reject(
-                    other, f"edit {index} gives the same prompt another target; the last wins"
-                )
         turn.edits[index] = edit
         if isinstance(sequence, str):
             turn.reject(index, sequence)
-        else:
-            turn.sequences.append(dataclasses.replace(sequence, index=index))
+            continue
+        same = turn.by_prompt.setdefault(edit.prompt, [])
+        if same and turn.edits[same[0]].target != edit.target:
+            for other in same:
+                turn.reject(
+                    other, f"edit {index} gives the same prompt another target; the last wins"
+                )
+            same.clear()
+        same.append(index)
+        turn.sequences.append(dataclasses.replace(sequence, index=index))

@@ -21,14 +21,21 @@ from pyeditfast.editors.presets import default_modules
 from pyeditfast.editors.report import EditReport
 from pyeditfast.editors.turns import Turn, gather_turns
 from pyeditfast.editors.ultraedit_config import UltraEditConfig
-from pyeditfast.errors import EditRejectedError, NumericalError
+from pyeditfast.errors import EditRejectedError, NumericalError, PassTooLargeError
 from pyeditfast.model.edit_modules import EditModule, find_edit_modules
 from pyeditfast.model.gradients import TurnGradients, turn_gradients
 from pyeditfast.model.memory import peak_memory
 from pyeditfast.model.passes import longest_first
 from pyeditfast.model.runner import ModelRunner
-from pyeditfast.model.sequences import AnswerSequence, context_length
-from pyeditfast.ops import RunningMoments, Shift, apply_shift_, edit_values, solve_shift
+from pyeditfast.model.sequences import AnswerSequence, context_length, vocabulary_size
+from pyeditfast.ops import (
+    RunningMoments,
+    Shift,
+    apply_shift_,
+    check_shift,
+    edit_values,
+    solve_shift,
+)
 from pyeditfast.phases import PhaseClock
 
 logger = logging.getLogger(__name__)
@@ -71,6 +78,12 @@ class UltraEditor:
                 self.moments[item.shape] = RunningMoments(
                     sum(item.shape), config.variance, device=item.weight.device
                 )
+        if config.rounding == "stochastic":
+            wide = [item.name for item in self.modules if item.weight.element_size() != 2]
+            if wide:
+                raise ValueError(
+                    f'rounding="stochastic" is for 16-bit weights; {wide[0]} is not one'
+                )
         self.remainders: dict[str, Tensor] = {}
         if config.rounding == "compensated":
             self.remainders = {item.name: torch.zeros_like(item.weight) for item in self.modules}
@@ -85,6 +98,7 @@ class UltraEditor:
         strict: bool = False,
         progress: bool = False,
         total: int | None = None,
+        report: EditReport | None = None,
     ) -> EditReport:
         """Carry out ``edits`` in turns of ``config.turn_size`` and report.
 
@@ -92,51 +106,57 @@ class UltraEditor:
         ``strict`` the first one raises ``EditRejectedError`` instead, before its turn changes
         anything. A last turn that is not full is edited. ``progress`` shows a bar with edits per
         second and the time left. ``records`` counts what was read up to the last whole turn,
-        rejected edits included, so that a stopped run can go on from there.
+        rejected edits included, so that a stopped run can go on from there; a ``report`` passed in
+        is filled turn by turn and outlives an error.
         """
-        report = EditReport()
+        report = report if report is not None else EditReport()
         clock = PhaseClock(self.runner.devices)
         for device in self.runner.devices:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-        limit = context_length(self.model)
         if total is None and isinstance(edits, Sequence):
             total = len(edits)
         start = time.perf_counter()
-        with tqdm(total=total, unit="edit", desc="UltraEdit", disable=not progress) as bar:
-            turns = gather_turns(edits, self.tokenizer, self.config.turn_size, limit)
-            while True:
-                with clock.phase("tokenize"):
-                    turn = next(turns, None)
-                if turn is None:
-                    break
-                self._run_turn(turn, strict, clock)
-                report.edits += len(turn.edits)
-                report.turns += bool(turn.edits)
-                report.rejected.extend(turn.rejected)
-                bar.update(turn.consumed)
-                if turn.rejected:
-                    bar.set_postfix(rejected=len(report.rejected))
-        report.seconds = {**clock.seconds(), "total": time.perf_counter() - start}
-        report.peak_memory_bytes = peak_memory(self.runner.devices)
+        bar = tqdm(total=total, unit="edit", desc="UltraEdit", disable=not progress)
+        # A caller's inference mode would forbid the gradients.
+        with bar, torch.inference_mode(False):
+            turns = gather_turns(
+                edits,
+                self.tokenizer,
+                self.config.turn_size,
+                context_length(self.model),
+                vocabulary_size(self.model),
+            )
+            try:
+                while True:
+                    with clock.phase("tokenize"):
+                        turn = next(turns, None)
+                    if turn is None:
+                        break
+                    self._run_turn(turn, strict, clock)
+                    report.edits += len(turn.edits)
+                    report.turns += bool(turn.edits)
+                    report.rejected.extend(turn.rejected)
+                    bar.update(turn.consumed)
+                    if turn.rejected:
+                        bar.set_postfix(rejected=len(report.rejected))
+            finally:
+                report.seconds = {**clock.seconds(), "total": time.perf_counter() - start}
+                report.peak_memory_bytes = peak_memory(self.runner.devices)
         return report
 
     def _run_turn(self, turn: Turn, strict: bool, clock: PhaseClock) -> None:
         _raise_if(strict, turn)
         shifts: list[Shift] = []
         moments = self.moments
-        ordered = longest_first(turn.sequences)
-        if ordered:
-            gradients = turn_gradients(self.runner, self.modules, ordered, clock)
-            with clock.phase("solve"):
-                gradients, ordered = self._without_non_finite(gradients, ordered, turn)
-            _raise_if(strict, turn)
-        if ordered:
+        gradients, ordered = self._gradients(turn, clock)
+        _raise_if(strict, turn)
+        if gradients is not None:
+            weights, segments = loss_weights(gradients.rows, self.config.micro_batch)
             with clock.phase("normalize"):
-                grads, segments = _weighted(gradients, self.config.micro_batch)
-                moments = self._updated_moments(gradients, grads, segments)
+                moments = self._updated_moments(gradients, weights, segments)
             with clock.phase("solve"):
-                shifts = self._solve(gradients, grads, moments)
+                shifts = self._solve(gradients, weights, moments)
         with interrupt_held_back():
             with clock.phase("apply"):
                 self._apply(shifts)
@@ -145,29 +165,44 @@ class UltraEditor:
             self.edits += len(ordered)
             self.records += turn.consumed
 
-    def _without_non_finite(
-        self, gradients: TurnGradients, ordered: list[AnswerSequence], turn: Turn
-    ) -> tuple[TurnGradients, list[AnswerSequence]]:
-        bad = gradients.non_finite_sequences()
-        if not bad:
-            return gradients, ordered
-        for number in bad:
-            turn.reject(ordered[number].index, "a key or a gradient is NaN or infinite")
-        kept = [number for number in range(len(ordered)) if number not in set(bad)]
-        return gradients.select(kept), [ordered[number] for number in kept]
+    def _gradients(
+        self, turn: Turn, clock: PhaseClock
+    ) -> tuple[TurnGradients | None, list[AnswerSequence]]:
+        """Return the gradients of the edits that have usable ones; reject the others."""
+        ordered = longest_first(turn.sequences)
+        while ordered:
+            try:
+                gradients = turn_gradients(self.runner, self.modules, ordered, clock)
+            except PassTooLargeError as error:
+                if error.index is None:
+                    raise
+                turn.reject(error.index, str(error))
+                ordered = [sequence for sequence in ordered if sequence.index != error.index]
+                continue
+            bad = set(gradients.non_finite_sequences())
+            if not bad:
+                return gradients, ordered
+            for number in sorted(bad):
+                turn.reject(ordered[number].index, "a key or a gradient is NaN or infinite")
+            kept = [number for number in range(len(ordered)) if number not in bad]
+            ordered = [ordered[number] for number in kept]
+            return (gradients.select(kept) if kept else None), ordered
+        return None, ordered
 
     def _updated_moments(
-        self, gradients: TurnGradients, grads: list[Tensor], segments: list[int]
+        self, gradients: TurnGradients, weights: Tensor, segments: list[int]
     ) -> dict[tuple[int, int], RunningMoments]:
         moments = {shape: held.copy() for shape, held in self.moments.items()}
-        for item, key, grad in zip(self.modules, gradients.key_of, grads, strict=True):
-            moments[item.shape].update(gradients.keys[key], grad, segments=segments)
+        for item, key, grad in zip(self.modules, gradients.key_of, gradients.grads, strict=True):
+            keys = gradients.keys[key]
+            grads = weighted(grad, weights, keys.device)
+            moments[item.shape].update(keys, grads, segments=segments)
         return moments
 
     def _solve(
         self,
         gradients: TurnGradients,
-        grads: list[Tensor],
+        weights: Tensor,
         moments: dict[tuple[int, int], RunningMoments],
     ) -> list[Shift]:
         """Return one shift a module; modules that read the same keys share one factorization."""
@@ -176,7 +211,10 @@ class UltraEditor:
             members = [i for i, used in enumerate(gradients.key_of) if used == key]
             values = [
                 edit_values(
-                    keys, grads[i].to(keys.device), moments[self.modules[i].shape], self.config.lr
+                    keys,
+                    weighted(gradients.grads[i], weights, keys.device),
+                    moments[self.modules[i].shape],
+                    self.config.lr,
                 )
                 for i in members
             ]
@@ -189,19 +227,26 @@ class UltraEditor:
                 raise type(error)(f"turn {self.turns}, {names}: {error}") from error
             widths = [value.shape[-1] for value in values]
             for i, part in zip(members, _split(shared, widths), strict=True):
-                shifts[i] = part
+                shifts[i] = part.to(self.modules[i].weight.device)
         return [shifts[i] for i in range(len(self.modules))]
 
     def _apply(self, shifts: list[Shift]) -> None:
+        rounding = self.config.rounding
+        arguments: list[tuple[Tensor, Shift, int | None, Tensor | None]] = []
         for number, (item, shift) in enumerate(zip(self.modules, shifts, strict=False)):
-            weight = item.weight
             seed = None
-            if self.config.rounding == "stochastic":
+            if rounding == "stochastic":
                 # Every weight of every turn draws its own numbers.
                 seed = (self.config.seed << 32) + self.turns * len(self.modules) + number
-            apply_shift_(
-                weight, shift, self.config.rounding, seed, remainder=self.remainders.get(item.name)
-            )
+            remainder = self.remainders.get(item.name)
+            try:
+                check_shift(item.weight, shift, rounding, seed, remainder=remainder)
+            except NumericalError as error:
+                raise type(error)(f"turn {self.turns}, {item.name}: {error}") from error
+            arguments.append((item.weight, shift, seed, remainder))
+        # Only now, when no weight will be refused, is the first one written.
+        for weight, shift, seed, remainder in arguments:
+            apply_shift_(weight, shift, rounding, seed, remainder=remainder)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the model, its tokenizer and the editor's state to ``directory`` (safetensors and
@@ -217,6 +262,8 @@ class UltraEditor:
         state = {
             "method": "ultraedit",
             "config": self.config.to_dict(),
+            # The size in force: other passes would round otherwise.
+            "tokens_per_pass": self.runner.tokens_per_pass,
             "turns": self.turns,
             "edits": self.edits,
             "records": self.records,
@@ -239,8 +286,8 @@ class UltraEditor:
         path = Path(directory)
         state, tensors = checkpoints.load_state(path, "ultraedit")
         model, tokenizer = checkpoints.load_model(path, device=device)
-        config = UltraEditConfig(**{**state["config"], "tokens_per_pass": tokens_per_pass})
-        editor = cls(model, tokenizer, config)
+        editor = cls(model, tokenizer, UltraEditConfig(**state["config"]))
+        editor.runner.tokens_per_pass = tokens_per_pass or state["tokens_per_pass"]
         checkpoints.check_fingerprint(path, state, editor.modules)
         for (d_in, d_out), moments in editor.moments.items():
             prefix = f"moments.{d_in}x{d_out}."
@@ -266,20 +313,22 @@ def _raise_if(strict: bool, turn: Turn) -> None:
         raise EditRejectedError(str(turn.rejected[0]))
 
 
-def _weighted(gradients: TurnGradients, micro_batch: int) -> tuple[list[Tensor], list[int]]:
-    """Return the gradients of the published loss, and the answer tokens of each micro-batch.
+def loss_weights(rows: Sequence[int], micro_batch: int) -> tuple[Tensor, list[int]]:
+    """Return what the published loss weights each answer token with, and its micro-batches.
 
-    The loss is a mean over the answer tokens of a micro-batch of ``micro_batch`` edits, so each
-    token's gradient is that of the sum divided by the micro-batch's tokens.
+    ``rows`` are the answer tokens of each edit. The loss is a mean over the answer tokens of a
+    micro-batch of ``micro_batch`` edits, so a token's gradient is that of the sum divided by the
+    micro-batch's tokens: ``[n, 1]`` float32. The micro-batches are given as their tokens.
     """
-    groups = [
-        gradients.rows[start : start + micro_batch]
-        for start in range(0, len(gradients.rows), micro_batch)
-    ]
+    groups = [rows[start : start + micro_batch] for start in range(0, len(rows), micro_batch)]
     segments = [sum(group) for group in groups]
-    tokens = torch.tensor(segments, dtype=torch.float32)
-    factor = (1.0 / tokens).repeat_interleave(torch.tensor(segments)).unsqueeze(-1)
-    return [grad * factor.to(grad.device) for grad in gradients.grads], segments
+    each = 1.0 / torch.tensor(segments, dtype=torch.float32)
+    return each.repeat_interleave(torch.tensor(segments)).unsqueeze(-1), segments
+
+
+def weighted(grad: Tensor, weights: Tensor, device: torch.device) -> Tensor:
+    """Return ``grad`` ``[n, d_out]`` times ``weights`` ``[n, 1]``, float32, on ``device``."""
+    return grad.to(device, torch.float32) * weights.to(device)
 
 
 def _split(shift: Shift, widths: list[int]) -> list[Shift]:

@@ -18,13 +18,13 @@ from pyeditfast.ops.solve_shift import FORMS
 class UltraEditConfig:
     """Settings of UltraEdit, by default as published (arXiv 2505.14679).
 
-    ``edit_modules``: dotted names of the linear modules to edit; None takes the two down
-    projections before the last block. ``lr``: scale of the values. ``turn_size``: edits solved
-    together. ``micro_batch``: edits whose answer tokens share one mean in the loss. ``ridge``: λ.
-    ``variance``: ``"unbiased"`` or ``"published"`` (see ``RunningMoments``). ``form``: how the
-    shift is solved (see ``solve_shift``). ``rounding``: how it is added to 16-bit weights (see
-    ``apply_shift_``); ``seed`` drives the stochastic one. ``tokens_per_pass``: None chooses by free
-    memory. Raises ``ValueError`` for values out of range.
+    ``edit_modules``: dotted names of the linear modules to edit; None takes those of the model's
+    preset, or without one the two down projections before the last block. ``lr``: scale of the
+    values. ``turn_size``: edits solved together. ``micro_batch``: edits whose answer tokens share
+    one mean in the loss. ``ridge``: λ. ``variance``: ``"unbiased"`` or ``"published"`` (see
+    ``RunningMoments``). ``form``: how the shift is solved (see ``solve_shift``). ``rounding``: how
+    it is added to 16-bit weights (see ``apply_shift_``); ``seed`` drives the stochastic one.
+    ``tokens_per_pass``: None chooses by free memory. Raises ``ValueError`` for values out of range.
     """
 
     edit_modules: Sequence[str] | None = None

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from pyeditfast.errors import UnsupportedWeightError
 from pyeditfast.model.edit_modules import EditModule
 
 
@@ -22,62 +24,78 @@ class Capture:
     dtype, on the modules' devices.
     """
 
-    def __init__(self, modules: Sequence[EditModule], answer_slots: Tensor) -> None:
+    def __init__(self, modules: Sequence[EditModule], answer_slots: Tensor, tokens: int) -> None:
         self.modules = list(modules)
         self.keys: list[Tensor] = []
         self.key_of: list[int] = [-1] * len(self.modules)
         self._slots = answer_slots
-        self._outputs: list[Tensor | None] = [None] * len(self.modules)
+        self._tokens = tokens
+        self._edges: list[GradientEdge | None] = [None] * len(self.modules)
         self._last_input: Tensor | None = None
 
     def hook(self, number: int) -> Any:
         """Return the forward hook for module ``number``."""
 
         def record(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            if self._outputs[number] is not None:
+            if self._edges[number] is not None:
                 raise RuntimeError(
                     f"{self.modules[number].name} ran more than once in one forward pass"
                 )
-            self.key_of[number] = self._key_index(inputs[0])
-            if not output.requires_grad:
+            self.key_of[number] = self._key_index(number, inputs[0])
+            begins = not output.requires_grad
+            if begins:
                 # Nothing before this module needs a gradient: the graph begins here.
                 output = output.detach().requires_grad_()
-            self._outputs[number] = output
-            return output
+            # The edge, not the tensor: the model may go on to change the output in place.
+            self._edges[number] = get_gradient_edge(output)
+            return output.clone() if begins else output
 
         return record
 
-    def _key_index(self, entered: Tensor) -> int:
+    def _key_index(self, number: int, entered: Tensor) -> int:
         if entered is not self._last_input:
             rows = entered.detach().reshape(-1, entered.shape[-1])
+            if rows.shape[0] != self._tokens:
+                raise UnsupportedWeightError(
+                    f"{self.modules[number].name} saw {rows.shape[0]} of {self._tokens} tokens; "
+                    "only modules that see every token can be edited"
+                )
             self.keys.append(rows.index_select(0, self._slots.to(rows.device)))
             self._last_input = entered
         return len(self.keys) - 1
 
     def gradients(self, loss: Tensor) -> list[Tensor]:
-        """Return d loss / d output at the answer positions, ``[n, d_out]`` a module, and free the
-        graph.
+        """Return d loss / d output at the answer positions, ``[n, d_out]`` a module.
+
+        The graph is freed.
         """
-        outputs = []
-        for module, output in zip(self.modules, self._outputs, strict=True):
-            if output is None:
+        edges = []
+        for module, edge in zip(self.modules, self._edges, strict=True):
+            if edge is None:
                 raise RuntimeError(f"{module.name} did not run in the model's forward pass")
-            outputs.append(output)
-        grads = torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True)
-        self._outputs = [None] * len(self.modules)
+            edges.append(edge)
+        grads = torch.autograd.grad(loss, edges, allow_unused=True)
+        self._edges = [None] * len(self.modules)
         self._last_input = None
-        return [
-            grad.reshape(-1, grad.shape[-1]).index_select(0, self._slots.to(grad.device))
-            for grad in grads
-        ]
+        return [self._at_answers(number, grad) for number, grad in enumerate(grads)]
+
+    def _at_answers(self, number: int, grad: Tensor | None) -> Tensor:
+        if grad is None:
+            # The output does not reach the loss.
+            weight = self.modules[number].weight
+            return weight.new_zeros(len(self._slots), weight.shape[0])
+        rows = grad.reshape(-1, grad.shape[-1])
+        return rows.index_select(0, self._slots.to(rows.device))
 
 
 @contextlib.contextmanager
-def capturing(modules: Sequence[EditModule], answer_slots: Tensor) -> Iterator[Capture]:
+def capturing(
+    modules: Sequence[EditModule], answer_slots: Tensor, tokens: int
+) -> Iterator[Capture]:
     """Record ``modules`` inside a ``with`` block; ``answer_slots`` ``[n]`` index the flattened
     tokens of the pass.
     """
-    capture = Capture(modules, answer_slots)
+    capture = Capture(modules, answer_slots, tokens)
     handles = [
         item.module.register_forward_hook(capture.hook(number))
         for number, item in enumerate(modules)
@@ -94,15 +112,16 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """Put ``model`` in evaluation mode with no trainable parameter inside a ``with`` block, then
     restore both.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # By name: offloading libraries put new parameters in the place of the old ones.
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     training = [module for module in model.modules() if module.training]
     try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
+        for name in trainable:
+            model.get_parameter(name).requires_grad_(False)
         model.eval()
         yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for name in trainable:
+            model.get_parameter(name).requires_grad_(True)
         for module in training:
             module.training = True

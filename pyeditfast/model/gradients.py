@@ -21,9 +21,9 @@ class TurnGradients:
     """Keys and gradients of a turn, sequence after sequence.
 
     ``keys``: one ``[n, d_in]`` for each distinct module input, in the model's dtype; ``key_of[i]``
-    is the one that module ``i`` read. ``grads``: one ``[n, d_out]`` a module, float32, the gradient
-    of the *summed* cross-entropy. ``rows``: answer positions of each sequence, in order; they add
-    up to n.
+    is the one that module ``i`` read. ``grads``: one ``[n, d_out]`` a module, in its dtype, the
+    gradient of the *summed* cross-entropy. ``rows``: answer positions of each sequence, in order;
+    they add up to n.
     """
 
     keys: list[Tensor]
@@ -71,12 +71,13 @@ def turn_gradients(
         current: list[AnswerSequence],
     ) -> tuple[list[Tensor], list[int], list[Tensor]]:
         batch = runner.batch(current)
-        with capturing(modules, batch.answer_slots) as capture, torch.enable_grad():
+        tokens = batch.inputs["input_ids"].numel()
+        with capturing(modules, batch.answer_slots, tokens) as capture, torch.enable_grad():
             with clock.phase("forward"):
                 logits = runner.answer_logits(batch).float()
                 loss = cross_entropy(logits, batch.targets.to(logits.device), reduction="sum")
             with clock.phase("backward"):
-                grads = [grad.float() for grad in capture.gradients(loss)]
+                grads = capture.gradients(loss)
         return capture.keys, capture.key_of, grads
 
     with frozen(runner.model):

@@ -4,6 +4,7 @@ like.
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Iterable
@@ -26,8 +27,19 @@ def available_memory(device: torch.device) -> int:
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                return int(min(int(line.split()[1]) * 1024, _container_memory()))
     return FALLBACK_BYTES
+
+
+def _container_memory() -> float:
+    """Return what the control group still allows; infinite without a limit."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return math.inf
+    return math.inf if limit == "max" else int(limit) - used
 
 
 def bytes_per_token(model: PreTrainedModel, graph_layers: int) -> int:
@@ -58,7 +70,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Say whether ``error`` is what torch raises when an allocation fails, on a GPU or a CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    signs = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def peak_memory(devices: Iterable[torch.device]) -> int:

@@ -16,7 +16,6 @@ from pyeditfast.errors import PassTooLargeError
 from pyeditfast.model.memory import default_tokens_per_pass, is_out_of_memory
 from pyeditfast.model.packing import (
     PackedLayout,
-    PackingUnsupportedError,
     packed_attention_enabled,
     packing_refused,
 )
@@ -33,8 +32,10 @@ CHECK_TOLERANCE = {
     torch.float16: 2e-2,
     torch.bfloat16: 1e-1,
 }
-"""Largest relative difference of packed and padded hidden states; a leak between sequences is of
-order 1.
+"""Largest relative difference of packed and padded outputs: what rounding in the dtype explains.
+
+A tenth of it is what a sequence's outputs may change when only its neighbour does: the arithmetic
+is the same then, save for models that group tokens by expert.
 """
 
 
@@ -138,7 +139,8 @@ class ModelRunner:
             self.tokens_per_pass = default_tokens_per_pass(
                 self.model, self.devices, self.graph_layers
             )
-        waiting = cut_passes(sequences, self.tokens_per_pass)[::-1]
+        allowed = self.tokens_per_pass
+        waiting = cut_passes(sequences, allowed)[::-1]
         results = []
         while waiting:
             current = waiting.pop()
@@ -155,8 +157,11 @@ class ModelRunner:
                 torch.cuda.empty_cache()
             tokens = sum(len(sequence) for sequence in current)
             if len(current) == 1:
+                # One long sequence says nothing about the passes of the others.
+                self.tokens_per_pass = allowed
                 raise PassTooLargeError(
-                    f"one sequence of {tokens} tokens does not fit in memory: {failure}"
+                    f"one sequence of {tokens} tokens does not fit in memory: {failure}",
+                    current[0].index,
                 )
             self.tokens_per_pass = max(1, min(tokens, self.tokens_per_pass) // 2)
             logger.warning(
@@ -195,8 +200,12 @@ class ModelRunner:
         return padded_batch(sequences)
 
     def _window_shorter_than(self, longest: int) -> bool:
-        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
-        return window is not None and window < longest
+        config = self.model.config.get_text_config()
+        # 0 and None both mean that there is no such limit.
+        windows = (
+            getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")
+        )
+        return any(window and window < longest for window in windows)
 
     def _may_pack(self) -> bool:
         if self.packing is None:
@@ -209,25 +218,45 @@ class ModelRunner:
         return self.packing
 
     def _packing_differs(self) -> str | None:
-        vocabulary = int(self.model.config.get_text_config().vocab_size)
-        probes = []
+        """Return how packing changes the outputs on three probes, None if it does not.
+
+        Two things must hold: packed equals padded, up to the rounding of the dtype, and a
+        sequence's outputs do not depend on its neighbours. The second catches what hides below that
+        rounding.
+        """
         longest = 7
         while self._window_shorter_than(longest):
             longest -= 1
-        for index, length in enumerate((longest, (longest + 1) // 2, 1)):
-            tokens = [(7919 * (index + 1) + 104729 * place) % vocabulary for place in range(length)]
-            probes.append(AnswerSequence(index, tuple(tokens), tuple(tokens)))
-        with torch.no_grad():
-            padded = self.answer_logits(padded_batch(probes)).double()
-            try:
-                packed = self.answer_logits(packed_batch(probes)).double()
-            except (PackingUnsupportedError, TypeError) as refusal:
-                return str(refusal)
+        lengths = (longest, (longest + 1) // 2, 1)
+        try:
+            with torch.no_grad():
+                padded = self.answer_logits(padded_batch(self._probes(lengths, 0))).double()
+                packed = self.answer_logits(packed_batch(self._probes(lengths, 0))).double()
+                other = self.answer_logits(packed_batch(self._probes(lengths, 1))).double()
+        except Exception as refusal:
+            if is_out_of_memory(refusal):
+                raise
+            return str(refusal)
         difference = float((packed - padded).norm() / padded.norm())
+        behind = slice(longest, None)
+        leak = float((packed[behind] - other[behind]).norm() / packed[behind].norm())
         # Written so that a NaN counts as a difference.
-        if not difference <= CHECK_TOLERANCE[self.model.dtype]:
+        tolerance = CHECK_TOLERANCE.get(self.model.dtype, 0.0)
+        if not difference <= tolerance:
             return f"packed and padded outputs differ by {difference:.1e}"
+        if not leak <= tolerance / 10:
+            return f"a sequence changes the outputs of the next by {leak:.1e}"
         return None
+
+    def _probes(self, lengths: Sequence[int], first: int) -> list[AnswerSequence]:
+        """Return sequences of ``lengths``; ``first`` varies the tokens of the first one alone."""
+        vocabulary = int(self.model.config.get_text_config().vocab_size)
+        probes = []
+        for index, length in enumerate(lengths):
+            start = 7919 * (index + 1) + (31 * first if index == 0 else 0)
+            tokens = tuple((start + 104729 * place) % vocabulary for place in range(length))
+            probes.append(AnswerSequence(index, tokens, tokens))
+        return probes
 
 
 @contextlib.contextmanager

@@ -38,15 +38,23 @@ def context_length(model: PreTrainedModel) -> int | None:
     return int(limit) if limit else None
 
 
+def vocabulary_size(model: PreTrainedModel) -> int | None:
+    """Return the number of token embeddings, None where they are not one matrix."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return None if weight is None else int(weight.shape[0])
+
+
 def build_sequences(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[str, str]],
     limit: int | None = None,
+    vocabulary: int | None = None,
 ) -> list[AnswerSequence | str]:
     """Tokenize ``(prompt, target)`` pairs; where one cannot be used, its place holds the reason.
 
     The prompt gets the tokenizer's special tokens, the target one leading space and none, as
-    published. ``limit`` is the longest input allowed, in tokens.
+    published. ``limit`` is the longest input allowed, in tokens; ``vocabulary`` the number of token
+    embeddings.
     """
     built: list[AnswerSequence | str] = [""] * len(pairs)
     usable = []
@@ -72,6 +80,9 @@ def build_sequences(
             built[index] = f"the target {pairs[index][1]!r} has no tokens"
         elif limit is not None and length > limit:
             built[index] = f"{length} tokens exceed the model's context of {limit}"
+        elif vocabulary is not None and max(*prompt_ids, *target_ids) >= vocabulary:
+            unknown = max(*prompt_ids, *target_ids)
+            built[index] = f"token {unknown} is beyond the model's {vocabulary} embeddings"
         else:
             built[index] = AnswerSequence(index, (*prompt_ids, *target_ids[:-1]), tuple(target_ids))
     return built

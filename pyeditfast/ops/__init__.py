@@ -3,7 +3,7 @@
 Which implementation runs is chosen by ``pyeditfast.backend``; ``pyeditfast.chosen_backends`` tells.
 """
 
-from pyeditfast.ops.apply_shift import apply_shift_
+from pyeditfast.ops.apply_shift import apply_shift_, check_shift
 from pyeditfast.ops.cholesky_solve import cholesky_solve
 from pyeditfast.ops.covariance import covariance
 from pyeditfast.ops.edit_values import edit_values
@@ -17,6 +17,7 @@ __all__ = [
     "RunningMoments",
     "Shift",
     "apply_shift_",
+    "check_shift",
     "cholesky_solve",
     "covariance",
     "edit_values",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pyeditfast import reference
-from pyeditfast.backends import Candidate, always, choose
+from pyeditfast.backends import Candidate, always, choose, fitting, triton_candidate
 from pyeditfast.errors import NonFiniteError, ShiftOverflowError, UnsupportedWeightError
 from pyeditfast.ops.checks import check_same_device
 from pyeditfast.ops.precision import exact_matmul, reduced_float32
@@ -16,7 +17,11 @@ from pyeditfast.ops.random_mask import random_uniform
 from pyeditfast.reference.apply_shift import round_stochastically
 from pyeditfast.reference.solve_shift import Shift
 
-CANDIDATES = (Candidate("torch", always), Candidate("reference", always))
+CANDIDATES = (
+    triton_candidate("apply_shift"),
+    Candidate("torch", always),
+    Candidate("reference", always),
+)
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 
@@ -50,21 +55,38 @@ def apply_shift_(
     dtype.
 
     Floor: ``2 n d_out d_in`` FLOPs; the weight read and written once. Temporaries of about 24 MB
-    (three rows at the least), never a float32 matrix of the weight's size.
+    (three rows at the least; several times that for ``"stochastic"``), never a float32 matrix of
+    the weight's size.
     """
-    _check(weight, shift, rounding, seed, remainder)
+    check_shift(weight, shift, rounding, seed, remainder=remainder)
     if weight.numel() == 0 or shift.rank == 0:
         return weight
-    _check_range(weight, shift, remainder)
+    chosen = choose("apply_shift", _candidates(weight, shift), weight.device)
     with torch.no_grad():
-        if choose("apply_shift", CANDIDATES, weight.device) == "reference":
+        if chosen == "reference":
             return reference.apply_shift_(weight, shift, rounding, seed, remainder=remainder)
+        if chosen == "triton":
+            return _launch(weight, shift, rounding, seed, remainder)
         if rounding == "nearest" and weight.dtype == torch.float32 and shift.form == "dual":
             return _add_product_(weight, shift)
         for rows, offset in _chunks(weight):
             low = None if remainder is None else remainder[rows]
             _add_rows_(weight[rows], _dense_rows(shift, rows), rounding, seed, offset, low)
     return weight
+
+
+def check_shift(
+    weight: Tensor,
+    shift: Shift,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    *,
+    remainder: Tensor | None = None,
+) -> None:
+    """Raise what ``apply_shift_`` would raise for these arguments, and change nothing."""
+    _check(weight, shift, rounding, seed, remainder)
+    if weight.numel() and shift.rank:
+        _check_range(weight, shift, remainder)
 
 
 def _check(
@@ -103,6 +125,44 @@ def _check(
             raise ValueError(
                 f"{name} {tuple(tensor.shape)} has strides {tensor.stride()}: elements share memory"
             )
+
+
+def _candidates(weight: Tensor, shift: Shift) -> Sequence[Candidate]:
+    candidates = fitting(CANDIDATES, weight.dtype)
+    if shift.form == "dual":
+        return candidates
+    return [
+        replace(candidate, unavailable=lambda device: "its kernel takes dual shifts")
+        if candidate.backend == "triton"
+        else candidate
+        for candidate in candidates
+    ]
+
+
+def _launch(
+    weight: Tensor, shift: Shift, rounding: str, seed: int | None, remainder: Tensor | None
+) -> Tensor:
+    from pyeditfast_kernels.apply_shift import apply_shift_ as launch_apply_shift_
+    from pyeditfast_kernels.modules import as_modules
+
+    assert shift.left is not None and shift.right is not None
+    right = shift.right if shift.right.dtype == torch.bfloat16 else shift.right.float()
+    tensors = [weight, shift.left.float(), right]
+    tensors += [] if remainder is None else [remainder]
+    elements = weight.shape[-2] * weight.shape[-1]
+    for first, (some_weight, some_left, some_right, *kept) in as_modules(*tensors):
+        launch_apply_shift_(
+            some_weight,
+            some_left,
+            some_right,
+            rounding,
+            seed,
+            kept[0] if kept else None,
+            first * elements,
+        )
+    # As an in-place operation of torch would: whoever saved the weight for a backward pass notices.
+    torch.autograd.graph.increment_version([weight] if remainder is None else [weight, remainder])
+    return weight
 
 
 def _repeats_elements(tensor: Tensor) -> bool:

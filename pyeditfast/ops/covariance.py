@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 from pyeditfast import reference
-from pyeditfast.backends import Candidate, always, choose
+from pyeditfast.backends import Candidate, always, choose, fitting, triton_candidate
 from pyeditfast.ops.checks import check_rows, check_same_device
 from pyeditfast.ops.precision import exact_matmul
 
-CANDIDATES = (Candidate("torch", always), Candidate("reference", always))
+CANDIDATES = (
+    triton_candidate("covariance"),
+    Candidate("torch", always),
+    Candidate("reference", always),
+)
 
 BLOCK = 2048
 """Columns of one block: wide enough for full matmul speed, narrow enough to skip most of one
@@ -38,8 +42,16 @@ def covariance(keys: Tensor, out: Tensor | None = None) -> Tensor:
     if out.shape != shape:
         raise ValueError(f"out has shape {tuple(out.shape)}; keys {tuple(keys.shape)} need {shape}")
     check_same_device("keys", keys.device, "out", out.device)
-    if choose("covariance", CANDIDATES, keys.device) == "reference":
+    chosen = choose("covariance", fitting(CANDIDATES, keys.dtype, out.dtype), keys.device)
+    if chosen == "reference":
         return out.copy_(reference.covariance(keys.double(), out.double()))
+    if chosen == "triton":
+        from pyeditfast_kernels.covariance import covariance as launch_covariance
+        from pyeditfast_kernels.modules import as_modules
+
+        for _, (some_keys, some_out) in as_modules(keys, out):
+            launch_covariance(some_keys, some_out)
+        return out
     width = keys.shape[-1]
     for start in range(0, width, BLOCK):
         rows = slice(start, min(start + BLOCK, width))

@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyeditfast.backends import Candidate, always, choose
+from pyeditfast.backends import Candidate, always, choose, fitting, triton_candidate
 from pyeditfast.ops.checks import check_same_rows
 from pyeditfast.ops.running_moments import RunningMoments
 
-CANDIDATES = (Candidate("torch", always), Candidate("reference", always))
+CANDIDATES = (
+    triton_candidate("edit_values"),
+    Candidate("torch", always),
+    Candidate("reference", always),
+)
 
 
 def edit_values(keys: Tensor, grads: Tensor, moments: RunningMoments, lr: float) -> Tensor:
@@ -30,11 +34,20 @@ def edit_values(keys: Tensor, grads: Tensor, moments: RunningMoments, lr: float)
             f"keys {tuple(keys.shape)} and grads {tuple(grads.shape)} "
             f"have {d_in} + {d_out} features; the moments have {moments.size}"
         )
-    if choose("edit_values", CANDIDATES, keys.device) == "reference":
+    candidates = fitting(CANDIDATES, keys.dtype, grads.dtype)
+    chosen = choose("edit_values", candidates, keys.device)
+    if chosen == "reference":
         rows = moments.normalize(torch.cat([keys.double(), grads.double()], -1))
         keys_hat, grads_hat = rows.split([d_in, d_out], -1)
         return (-lr * keys_hat.square().sum(-1, keepdim=True) * grads_hat).float()
     mean, scale = moments.mean_and_scale(keys.device)
+    if chosen == "triton":
+        from pyeditfast_kernels.edit_values import edit_values as launch_edit_values
+
+        values = torch.empty(grads.shape, dtype=torch.float32, device=grads.device)
+        flat_keys, flat_grads, out = (part.flatten(0, -2) for part in (keys, grads, values))
+        launch_edit_values(flat_keys, flat_grads, mean, scale, lr, out)
+        return values
     keys_hat = (keys.float() - mean[:d_in]).mul_(scale[:d_in])
     grads_hat = (grads.float() - mean[d_in:]).mul_(scale[d_in:])
     # Not a vecdot, which autocast would take in bfloat16.

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from pyeditfast import reference
-from pyeditfast.backends import Candidate, always, choose
+from pyeditfast.backends import Candidate, always, choose, fitting, triton_candidate
 from pyeditfast.ops.checks import check_ridge, check_rows
 from pyeditfast.ops.precision import exact_dtype, exact_matmul
 
-CANDIDATES = (Candidate("torch", always), Candidate("reference", always))
+CANDIDATES = (
+    triton_candidate("gram"),
+    Candidate("torch", always),
+    Candidate("reference", always),
+)
 
 COLUMNS = 4096
 """Columns of the keys that are converted at a time."""
@@ -31,8 +37,14 @@ def gram(keys: Tensor, ridge: float = 0.0, *, dtype: torch.dtype = torch.float32
     check_ridge(ridge)
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype is {dtype}; torch.float32 or torch.float64 is needed")
-    if choose("gram", CANDIDATES, keys.device) == "reference":
+    chosen = choose("gram", fitting(CANDIDATES, keys.dtype, dtype), keys.device)
+    if chosen == "reference":
         return reference.gram(keys.double(), ridge).to(dtype)
+    if chosen == "triton":
+        from pyeditfast_kernels.gram import gram as launch_gram
+
+        *lead, n, d = keys.shape
+        return launch_gram(keys.reshape(math.prod(lead), n, d), ridge).view(*lead, n, n)
     operand = exact_dtype(keys.device, dtype)
     n = keys.shape[-2]
     product = torch.zeros((*keys.shape[:-2], n, n), dtype=operand, device=keys.device)

@@ -8,11 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyeditfast.backends import Candidate, always, choose
+from pyeditfast.backends import Candidate, always, choose, fitting, triton_candidate
 from pyeditfast.ops.checks import check_rows
 from pyeditfast.reference.running_moments import EPSILON
 
-CANDIDATES = (Candidate("torch", always), Candidate("reference", always))
+CANDIDATES = (
+    triton_candidate("running_moments"),
+    Candidate("torch", always),
+    Candidate("reference", always),
+)
 
 VARIANCES = ("unbiased", "published")
 
@@ -81,9 +85,14 @@ class RunningMoments:
             raise ValueError(f"segments {list(segments)} do not cut {n} rows into micro-batches")
         if n == 0:
             return
-        if choose("running_moments", CANDIDATES, rows[0].device) == "reference":
-            rows = [part.double() for part in rows]
+        candidates = fitting(CANDIDATES, *(part.dtype for part in rows))
+        chosen = choose("running_moments", candidates, rows[0].device)
         lengths = [n] if segments is None or self.variance == "unbiased" else list(segments)
+        if chosen == "triton":
+            self._update_by_kernel(rows, lengths)
+            return
+        if chosen == "reference":
+            rows = [part.double() for part in rows]
         start = 0
         for m in lengths:
             self._update_segment([part[start : start + m] for part in rows], m)
@@ -109,6 +118,13 @@ class RunningMoments:
         if self.variance == "published" and m > 1:
             within *= m / (m - 1)
         self._absorb(m, torch.cat(means).to(self._mean), within)
+
+    def _update_by_kernel(self, rows: Sequence[Tensor], lengths: Sequence[int]) -> None:
+        from pyeditfast_kernels.running_moments import running_moments
+
+        published = lengths if self.variance == "published" else None
+        mean, squares = running_moments(rows, published)
+        self._absorb(sum(lengths), mean.to(self._mean), squares.to(self._squares))
 
     def _absorb(self, count: int, mean: Tensor, squares: Tensor) -> None:
         total = self._count + count
@@ -140,8 +156,9 @@ class RunningMoments:
     def normalize(self, rows: Tensor) -> Tensor:
         """Return ``(x − mean) / (std + eps)`` for rows ``[..., size]``, eps that of float32.
 
-        The result is float64 for float64 rows, else float32. Raises ``ValueError`` for another
-        width.
+        The result is float64 for float64 rows, else float32. There is no kernel for it, since
+        ``edit_values`` normalizes for itself: ``"triton"`` takes the torch form. Raises
+        ``ValueError`` for another width.
         """
         check_rows("rows", rows)
         if rows.shape[-1] != self.size:

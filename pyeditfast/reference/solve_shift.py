@@ -48,6 +48,12 @@ class Shift:
         assert held is not None
         return held.device
 
+    def to(self, device: torch.device) -> Shift:
+        """Return the shift on ``device``."""
+        parts = {"left": self.left, "right": self.right, "matrix": self.matrix}
+        moved = {name: None if part is None else part.to(device) for name, part in parts.items()}
+        return Shift(self.form, self.rank, **moved)
+
     def dense(self) -> Tensor:
         """Return ``Δᵀ`` as one matrix, ``[..., d_out, d_in]``."""
         if self.matrix is not None:

@@ -85,6 +85,23 @@ def test_padding_does_not_change_the_loss() -> None:
     torch.testing.assert_close(loss(rows), (alone * told).sum() / told.sum())
 
 
+def test_a_pass_holds_every_statement_once_and_no_label_on_padding() -> None:
+    statements = World(0, WORLD).statements()
+    rows = subject._tokenized(statements, train_tokenizer(statements, 500))
+    draw = torch.Generator().manual_seed(0)
+    passes = []
+    for _ in range(2):
+        seen = []
+        for input_ids, labels in subject._batches(rows, 10, draw):
+            assert input_ids.shape == labels.shape and len(labels) <= 10
+            for tokens, told in zip(input_ids.tolist(), labels.tolist(), strict=True):
+                last = max(i for i, label in enumerate(told) if label != subject.IGNORED_LABEL)
+                seen.append((tokens[: last + 1], told[: last + 1]))
+        assert sorted(seen) == sorted(rows)
+        passes.append(seen)
+    assert passes[0] != passes[1]
+
+
 def test_the_tokenizer_gives_names_few_tokens_and_text_back() -> None:
     world = World(0)
     statements = world.statements()

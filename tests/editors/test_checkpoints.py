@@ -42,6 +42,8 @@ def test_a_run_in_two_parts_equals_one_run(tmp_path, family, dtype, rounding):
     second = UltraEditor.load(tmp_path / "half")
     assert (second.edits, second.turns, second.records) == (20, 2, 20)
     assert second.config == first.config
+    # The size of a pass goes along, for other passes would round otherwise.
+    assert second.runner.tokens_per_pass == first.runner.tokens_per_pass is not None
     second.edit(edits[second.records :])
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[name], tensor), name
@@ -93,7 +95,8 @@ def test_weights_of_another_state_are_refused(tmp_path):
     editor.edit(facts(10))
     editor.save(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors["model.layers.1.mlp.down_proj.weight"] += 1
+    # One element that no sample of a grid of columns would see.
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] += 1
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"are not those that pyeditfast\.json was saved with"):
         UltraEditor.load(tmp_path)
@@ -108,3 +111,30 @@ def test_wrong_places(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         make_editor().save(tmp_path / "file")
+
+
+def test_folders_of_the_tokenizer_are_written_over(tmp_path):
+    editor = make_editor()
+    editor.tokenizer.chat_template = {"default": "a", "tool_use": "b"}
+    for _ in range(2):
+        editor.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_what_a_killed_save_left_is_cleared(tmp_path):
+    (tmp_path / ".saving-abandoned").mkdir()
+    (tmp_path / ".saving-abandoned" / "model.safetensors").write_text("half")
+    make_editor().save(tmp_path)
+    assert not list(tmp_path.glob(".saving-*"))
+
+
+def test_no_remote_code_even_if_the_files_ask_for_it(tmp_path, monkeypatch):
+    make_editor().save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_type"] = "unheard_of"
+    config["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("raise SystemExit('remote code ran')")
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_model(tmp_path)

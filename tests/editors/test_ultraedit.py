@@ -10,15 +10,18 @@ import torch
 from facts import facts
 from tiny_models import mlp_modules, tiny_model, tiny_tokenizer
 
-from pyeditfast import Edit, UltraEditConfig, UltraEditor
+from pyeditfast import Edit, EditReport, UltraEditConfig, UltraEditor
 from pyeditfast.editors import ultraedit
 from pyeditfast.editors.interrupts import interrupt_held_back
 from pyeditfast.errors import (
     EditRejectedError,
     NotPositiveDefiniteError,
     PassTooLargeError,
+    ShiftOverflowError,
     UnknownModuleError,
 )
+from pyeditfast.model.runner import ModelRunner
+from pyeditfast.ops import Shift
 
 
 def make_editor(family="llama", dtype=torch.float32, **settings) -> UltraEditor:
@@ -287,3 +290,61 @@ def test_a_model_spread_over_places_gives_the_same_bits(tmp_path):
     for name in whole.config.edit_modules:
         ours = spread.model.get_submodule(name).weight
         assert torch.equal(ours, whole.model.get_submodule(name).weight)
+
+
+def test_no_weight_is_written_if_one_would_be_refused():
+    editor = make_editor(dtype=torch.float16)
+    last = editor.modules[-1].weight
+    last[0, 0] = 65504.0
+    before = weights(editor)
+    # The head feels the huge weight; only the range check is of interest here.
+    shift = Shift("dual", 1, left=torch.full((1, 32), 40.0), right=torch.ones(1, 64))
+    with pytest.raises(
+        ShiftOverflowError, match=r"turn 0, model\.layers\.2\.mlp\.down_proj: a shift"
+    ):
+        editor._apply([shift, shift])
+    assert same(before, weights(editor))
+
+
+def test_stochastic_rounding_of_wide_weights_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj is not one"):
+        make_editor(rounding="stochastic")
+
+
+def test_an_edit_too_long_for_memory_is_rejected_alone(monkeypatch):
+    edits = facts(9)
+    long = Edit("word " * 100 + "is", "Oslo")
+    editor, clean = make_editor(), make_editor()
+    original = ModelRunner.answer_logits
+
+    def limited(self, batch):
+        if batch.inputs["input_ids"].numel() > 200:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, batch)
+
+    monkeypatch.setattr(ModelRunner, "answer_logits", limited)
+    report = editor.edit([*edits[:5], long, *edits[5:]])
+    clean.edit(edits)
+    (rejection,) = report.rejected
+    assert rejection.index == 5
+    assert "does not fit in memory" in rejection.reason
+    assert editor.edits == clean.edits == 9
+    for name in editor.config.edit_modules:
+        ours = editor.model.get_submodule(name).weight
+        torch.testing.assert_close(ours, clean.model.get_submodule(name).weight, rtol=0, atol=1e-6)
+
+
+def test_editing_inside_inference_mode():
+    editor, clean = make_editor(), make_editor()
+    with torch.inference_mode():
+        editor.edit(facts(10))
+    clean.edit(facts(10))
+    assert same(weights(editor), weights(clean))
+
+
+def test_a_report_outlives_an_error():
+    report = EditReport()
+    with pytest.raises(EditRejectedError):
+        make_editor().edit([*facts(12), Edit("x", "")], strict=True, report=report)
+    assert (report.edits, report.turns) == (10, 1)
+    assert report.seconds["total"] > 0

@@ -131,3 +131,12 @@ def test_unknown_names():
         UltraEditConfig.preset("gpt-5")
     with pytest.raises(TypeError, match="turnsize"):
         UltraEditConfig.preset("phi-4", turnsize=3)
+
+
+def test_a_vision_tower_is_not_edited():
+    model = tiny_model("llama", layers=4)
+    model.vision_tower = tiny_model("opt", layers=9).model
+    assert default_modules(model) == (
+        "model.layers.1.mlp.down_proj",
+        "model.layers.2.mlp.down_proj",
+    )

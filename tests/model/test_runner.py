@@ -46,6 +46,7 @@ def test_one_sequence_that_does_not_fit_is_named():
     runner = ModelRunner(tiny_model("llama"), tokens_per_pass=1000)
     with pytest.raises(PassTooLargeError, match="one sequence of 30 tokens does not fit"):
         runner.run_in_passes(items([30, 4]), limited(20, []))
+    assert runner.tokens_per_pass == 1000
 
 
 def test_other_errors_pass_through():

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 from tiny_models import tiny_model, tiny_tokenizer
 
-from pyeditfast.model.sequences import AnswerSequence, build_sequences, context_length
+from pyeditfast.model.sequences import (
+    AnswerSequence,
+    build_sequences,
+    context_length,
+    vocabulary_size,
+)
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -52,3 +57,11 @@ def test_a_target_without_tokens():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "gemma3"])
 def test_context_length(family):
     assert context_length(tiny_model(family, context=77)) == 77
+
+
+def test_a_token_beyond_the_embeddings():
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=512)
+    assert vocabulary_size(model) == 512
+    (reason,) = build_sequences(tokenizer, [("The capital is", "Oslo")], vocabulary=100)
+    assert "is beyond the model's 100 embeddings" in reason
