@@ -1,7 +1,7 @@
 """Turns pytest-benchmark's JSON into a result file under ``bench/results``.
 
-``python bench/record.py REPORT.json`` keeps medians and spreads, the ratio of each group's baseline
-to the others, the commit, the machine and the versions; nothing else.
+``python bench/record.py REPORT.json [MORE.json ...]`` keeps medians and spreads, the ratio of each
+group's baseline to the others, the commit, the machine and the versions; nothing else.
 """
 
 from __future__ import annotations
@@ -65,9 +65,18 @@ def summarise(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main(path: str) -> None:
-    """Write the result file for the report at ``path`` and print its ratios."""
-    content = summarise(json.loads(Path(path).read_text()))
+def main(paths: list[str]) -> None:
+    """Write one result file for the reports at ``paths`` and print its ratios.
+
+    A group that a later report has again is taken from there, whole.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for path in paths:
+        report = json.loads(Path(path).read_text())
+        groups.update({run["group"]: [] for run in report["benchmarks"]})
+        for run in report["benchmarks"]:
+            groups[run["group"]].append(run)
+    content = summarise({**report, "benchmarks": [run for runs in groups.values() for run in runs]})
     kind = "cpu" if content["gpu"] == "CPU only" else content["gpu"].lower().replace(" ", "-")
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"{kind}-{content['date']}.json"
@@ -82,4 +91,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

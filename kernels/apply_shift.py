@@ -101,8 +101,9 @@ def round_stochastically(x, uniform, dtype: tl.constexpr):
         gap = large - small
     threshold = uniform * gap
     grows = tl.where(x < 0, threshold >= gap - rest, threshold < rest)
-    rounded = tl.where(grows, large, small)
-    rounded = tl.where(x < 0, -rounded, rounded)
+    sign = x.to(tl.uint32, bitcast=True) & 0x80000000
+    rounded = tl.where(grows, large, small).to(tl.uint32, bitcast=True) | sign
+    rounded = rounded.to(tl.float32, bitcast=True)
     return tl.where(magnitude < float("inf"), rounded, x)
 
 
@@ -128,8 +129,8 @@ def apply_part(
 ):
     """Add ``shift`` ``[ROWS, COLUMNS]`` to the part of the weight that begins at ``first_row``."""
     dtype: tl.constexpr = weight.dtype.element_ty
-    rows = tl.arange(0, ROWS)[:, None]
-    columns = tl.arange(0, COLUMNS)[None, :]
+    rows = tl.arange(0, ROWS).to(tl.int64)[:, None]
+    columns = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
     inside = (first_row + rows < d_out) & (first_column + columns < d_in)
     place = weight + first_row * weight_stride_row + first_column * weight_stride_column
     place += rows * weight_stride_row + columns * weight_stride_column
@@ -141,7 +142,7 @@ def apply_part(
         shift += widened(tl.load(kept, mask=inside, other=0.0), INTERPRETED).to(tl.float32)
     exact = before + shift
     if ROUNDING == "stochastic":
-        offset = index + first_row * d_in + first_column + (rows.to(tl.int64) * d_in + columns)
+        offset = index + first_row * d_in + first_column + (rows * d_in + columns)
         rounded = round_stochastically(exact, tl.rand(seed, offset), dtype)
     else:
         rounded = round_nearest(exact, dtype, INTERPRETED)

@@ -63,8 +63,8 @@ def _store_part(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    rows = tl.arange(0, ROWS)[:, None]
-    columns = tl.arange(0, COLUMNS)[None, :]
+    rows = tl.arange(0, ROWS).to(tl.int64)[:, None]
+    columns = tl.arange(0, COLUMNS).to(tl.int64)[None, :]
     inside = (first_row + rows < size) & (first_column + columns < size)
     place = matrix + first_row * stride_row + first_column * stride_column
     place += rows * stride_row + columns * stride_column

@@ -57,7 +57,9 @@ def lay_out(tensor: Tensor, layout: str) -> tuple[Tensor, Tensor]:
 
 def bits(tensor: Tensor) -> Tensor:
     """Return the bytes of a tensor, so that NaN compares equal to itself."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    # A tensor of one element counts as contiguous whatever its stride, and keeps it.
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    return flat.copy_(tensor.reshape(-1)).view(torch.uint8)
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
