@@ -18,7 +18,7 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len([line for line in example.splitlines() if line and "import" not in line]) == 6
     demo = tmp_path / "build" / "demo"
-    tiny_model("llama").save_pretrained(demo / "base-model")
+    tiny_model("llama", layers=4).save_pretrained(demo / "base-model")
     tiny_tokenizer().save_pretrained(demo / "base-model")
     (demo / "edits.json").write_text(json.dumps([asdict(edit) for edit in facts(30)]))
     monkeypatch.chdir(tmp_path)
