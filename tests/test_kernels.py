@@ -11,6 +11,8 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 
 
+# A suite of its own in one test; minutes on a busy machine.
+@pytest.mark.timeout(1800)
 @pytest.mark.slow
 def test_the_kernels_pass_their_tests():
     pytest.importorskip("triton")

@@ -34,6 +34,10 @@ def describe(result: dict) -> str:
     return f"{', '.join(names)}, sm_{result['architecture']}"
 
 
+# The first test waits for the compiler, which takes minutes on a busy machine.
+pytestmark = pytest.mark.timeout(1800)
+
+
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
     results = run_script()
