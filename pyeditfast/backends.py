@@ -106,9 +106,14 @@ def fitting(candidates: Sequence[Candidate], *dtypes: torch.dtype) -> Sequence[C
     if not unfit:
         return candidates
     reason = f"its kernels take bfloat16, float16 and float32, not {unfit[0]}"
+    return refusing(candidates, "triton", reason)
+
+
+def refusing(candidates: Sequence[Candidate], backend: str, reason: str) -> Sequence[Candidate]:
+    """Return the candidates, of which ``backend`` now states ``reason`` for not being usable."""
     return [
         replace(candidate, unavailable=lambda device: reason)
-        if candidate.backend == "triton"
+        if candidate.backend == backend
         else candidate
         for candidate in candidates
     ]

@@ -3,26 +3,43 @@
 Which implementation runs is chosen by ``pyeditfast.backend``; ``pyeditfast.chosen_backends`` tells.
 """
 
+from pyeditfast.ops.activation_gap import activation_gap
 from pyeditfast.ops.apply_shift import apply_shift_, check_shift
 from pyeditfast.ops.cholesky_solve import cholesky_solve
+from pyeditfast.ops.choose_route import choose_route
 from pyeditfast.ops.covariance import covariance
 from pyeditfast.ops.edit_values import edit_values
 from pyeditfast.ops.gram import gram
+from pyeditfast.ops.magnitude_threshold import magnitude_threshold
+from pyeditfast.ops.masked_sgd import masked_sgd_, masked_sgd_product_
+from pyeditfast.ops.merge import merge
 from pyeditfast.ops.random_mask import random_mask, random_uniform
+from pyeditfast.ops.routed_linear import routed_linear
 from pyeditfast.ops.running_moments import RunningMoments
 from pyeditfast.ops.solve_shift import solve_shift
+from pyeditfast.ops.ties_merge import ties_merge
+from pyeditfast.reference.routed_linear import Routed
 from pyeditfast.reference.solve_shift import Shift
 
 __all__ = [
+    "Routed",
     "RunningMoments",
     "Shift",
+    "activation_gap",
     "apply_shift_",
     "check_shift",
     "cholesky_solve",
+    "choose_route",
     "covariance",
     "edit_values",
     "gram",
+    "magnitude_threshold",
+    "masked_sgd_",
+    "masked_sgd_product_",
+    "merge",
     "random_mask",
     "random_uniform",
+    "routed_linear",
     "solve_shift",
+    "ties_merge",
 ]

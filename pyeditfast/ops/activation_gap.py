@@ -1,0 +1,87 @@
+"""Activation gap of queries for all side memories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from pyeditfast import reference
+from pyeditfast.backends import Candidate, always, choose, triton_candidate
+from pyeditfast.ops.memories import check_queries, taking
+from pyeditfast.reference.activation_gap import query_gap, token_gaps
+
+CANDIDATES = (
+    triton_candidate("activation_gap"),
+    Candidate("torch", always),
+    Candidate("reference", always),
+)
+
+
+def activation_gap(
+    x: Tensor,
+    main: Tensor,
+    sides: Sequence[Tensor],
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    reduction: str = "auto",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Return the gaps of all queries for all side memories, ``[batch, memories]`` float32.
+
+    ``x`` ``[batch, tokens, d_in]``; ``main`` and each of ``sides`` ``[d_out, d_in]`` of the same
+    dtype and any strides; ``bias`` ``[d_out]``. The gap of a token is
+    ``‖ act(W' x_t + b) − act(W x_t + b) ‖₂``, with ``activation`` None, ``"silu"``, ``"gelu"``,
+    ``"gelu_tanh"`` or ``"relu"``; that of a query the ``"mean"`` or the ``"max"`` over the tokens
+    where ``mask`` ``[batch, tokens]`` is True (``"auto"``: the mean of up to 100, else the
+    maximum), and 0 without any. Float64 inputs give float64. Raises ``TypeError`` or ``ValueError``
+    for arguments that do not fit.
+
+    Floor: ``2 (1 + memories) · batch · tokens · d_in · d_out`` FLOPs; inputs and memories read
+    once. WISE (arXiv 2405.14768), section 2.3.1.
+    """
+    check_queries(x, main, sides, bias, activation, reduction, mask)
+    chosen = choose("activation_gap", taking(CANDIDATES, main, sides), x.device)
+    if chosen == "triton":
+        from pyeditfast_kernels.activation_gap import activation_gap as launch
+
+        return launch(x, main, sides, bias, activation, reduction, mask)
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if chosen == "reference":
+        memories = [side.to(work) for side in sides]
+        offset = None if bias is None else bias.to(work)
+        return reference.activation_gap(
+            x.to(work),
+            main.to(work),
+            memories,
+            bias=offset,
+            activation=activation,
+            reduction=reduction,
+            mask=mask,
+        )
+    main_output = linear(x, main, bias)
+    return gaps_of_outputs(
+        main_output, (linear(x, side, bias) for side in sides), activation, reduction, mask
+    )
+
+
+def gaps_of_outputs(
+    main_output: Tensor,
+    side_outputs: Iterable[Tensor],
+    activation: str | None,
+    reduction: str,
+    mask: Tensor | None,
+) -> Tensor:
+    """Return the gaps ``[batch, memories]`` for outputs ``[batch, tokens, d_out]``."""
+    work = torch.float64 if main_output.dtype == torch.float64 else torch.float32
+    centre = main_output.to(work)
+    gaps = [
+        query_gap(token_gaps(centre, output.to(work), activation), reduction, mask)
+        for output in side_outputs
+    ]
+    if not gaps:
+        return centre.new_zeros(main_output.shape[0], 0)
+    return torch.stack(gaps, -1)

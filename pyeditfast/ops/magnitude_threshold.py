@@ -1,0 +1,52 @@
+"""The k-th largest magnitude of a tensor, exactly."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pyeditfast import reference
+from pyeditfast.backends import Candidate, always, choose
+from pyeditfast.ops.checks import check_rows
+from pyeditfast.ops.memories import check_like
+from pyeditfast.reference.magnitude_threshold import kept_elements
+
+CANDIDATES = (
+    Candidate("torch", always),
+    Candidate("reference", always),
+)
+
+
+def magnitude_threshold(x: Tensor, density: float, *, base: Tensor | None = None) -> Tensor:
+    """Return the k-th largest ``|x − base|`` with ``k = int(density · numel)``, 0-d float32.
+
+    ``x`` of any floating dtype, strides and at least two dimensions; ``base`` like ``x``, 0 unless
+    given. The difference is taken in float32 (float64 for float64, which gives float64); NaN counts
+    as larger than everything. Raises ``ValueError`` for a density outside ``(0, 1]`` or one that
+    keeps no element, and ``TypeError`` or ``ValueError`` for tensors that do not fit.
+
+    Floor: ``x`` and ``base`` read once for each digit of a radix select.
+    """
+    check_rows("x", x)
+    check_density(density, x.numel())
+    if base is not None:
+        check_like("base", base, "x", x)
+    if choose("magnitude_threshold", CANDIDATES, x.device) == "reference":
+        return reference.magnitude_threshold(x, density, base=base)
+    magnitude = _magnitude(x, base)
+    # From the near end: kthvalue counts from the smallest.
+    return magnitude.kthvalue(magnitude.numel() - kept_elements(x.numel(), density) + 1).values
+
+
+def check_density(density: float, numel: int) -> None:
+    """Require a density that keeps at least one of ``numel`` elements."""
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density is {density}; a number above 0 and up to 1 is needed")
+    if kept_elements(numel, density) < 1:
+        raise ValueError(f"density {density} keeps none of {numel} elements")
+
+
+def _magnitude(x: Tensor, base: Tensor | None) -> Tensor:
+    exact = x if x.element_size() > 2 else x.float()
+    if base is None:
+        return exact.abs().flatten()
+    return (exact - (base if base.element_size() > 2 else base.float())).abs_().flatten()
