@@ -93,4 +93,4 @@ def _merged(
         agrees = torch.where(positive, delta > 0, delta < 0)
         kept.add_(torch.where(agrees, weight * delta, 0.0))
         share.add_(torch.where(agrees, weight, 0.0))
-    return centre.add_(kept.div_(share.masked_fill_(share == 0, 1.0)))
+    return kept.div_(share.masked_fill_(share == 0, 1.0)).add_(centre)
