@@ -7,10 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyeditfast.backends import Choice, backend, chosen_backends
-    from pyeditfast.checkpoints import load_model
     from pyeditfast.data import Edit, Probe, load_edits
-    from pyeditfast.editors import EditReport, Rejection, UltraEditConfig, UltraEditor
+    from pyeditfast.editors import (
+        EditReport,
+        Rejection,
+        UltraEditConfig,
+        UltraEditor,
+        WiseConfig,
+        WiseEditor,
+    )
     from pyeditfast.evaluation import Scores, evaluate
+    from pyeditfast.loading import load_model
+    from pyeditfast.model.query_routing import Route
 
 # Imported at first use: torch and transformers take seconds, and `pyeditfast --help` needs neither.
 _HOMES = {
@@ -19,14 +27,17 @@ _HOMES = {
     "EditReport": "editors",
     "Probe": "data",
     "Rejection": "editors",
+    "Route": "model.query_routing",
     "Scores": "evaluation",
     "UltraEditConfig": "editors",
     "UltraEditor": "editors",
+    "WiseConfig": "editors",
+    "WiseEditor": "editors",
     "backend": "backends",
     "chosen_backends": "backends",
     "evaluate": "evaluation",
     "load_edits": "data",
-    "load_model": "checkpoints",
+    "load_model": "loading",
 }
 
 __all__ = [
@@ -35,9 +46,12 @@ __all__ = [
     "EditReport",
     "Probe",
     "Rejection",
+    "Route",
     "Scores",
     "UltraEditConfig",
     "UltraEditor",
+    "WiseConfig",
+    "WiseEditor",
     "backend",
     "chosen_backends",
     "evaluate",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +41,12 @@ def fingerprint(modules: Sequence[EditModule]) -> str:
     return digest.hexdigest()
 
 
-def save(
-    directory: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    modules: Sequence[EditModule],
-    state: dict[str, Any],
-    tensors: dict[str, Tensor],
-) -> None:
-    """Write model, tokenizer and state to ``directory``.
+@contextlib.contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """Give a folder whose files are moved into ``directory`` at the end of a ``with`` block, the
+    JSON state last.
 
-    Everything is written beside it first, then moved in, the JSON state last: an interrupted save
-    leaves either the old state or a fingerprint that ``load_state`` refuses.
+    An interrupted save leaves either the old state or a fingerprint that does not fit.
     """
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; a directory is needed")
@@ -60,17 +55,44 @@ def save(
         shutil.rmtree(abandoned, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=directory))
     try:
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        save_file({name: t.contiguous() for name, t in tensors.items()}, staging / TENSOR_FILE)
-        record = {"format": FORMAT, **state, "fingerprint": fingerprint(modules)}
-        (staging / STATE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        yield staging
         for source in sorted(staging.iterdir(), key=lambda path: path.name == STATE_FILE):
             if source.is_dir():
                 shutil.rmtree(directory / source.name, ignore_errors=True)
             os.replace(source, directory / source.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def save(
+    directory: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    modules: Sequence[EditModule],
+    state: dict[str, Any],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Write model, tokenizer and state to ``directory``, see ``staged``."""
+    with staged(directory) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        write_state(staging, {**state, "fingerprint": fingerprint(modules)}, tensors)
+
+
+def write_state(folder: Path, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write the JSON state and the tensors of an editor."""
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / TENSOR_FILE)
+    record = {"format": FORMAT, **state}
+    (folder / STATE_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def saved_method(directory: Path) -> str | None:
+    """Return the method of the editor that was saved in ``directory``, None if none was."""
+    path = directory / STATE_FILE
+    if not path.is_file():
+        return None
+    method = json.loads(path.read_text()).get("method")
+    return method if isinstance(method, str) else None
 
 
 def load_state(directory: Path, method: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -338,7 +338,7 @@ def _score(editor: UltraEditor, edits: Path, format: str, limit: int | None) -> 
 def _load(source: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     import torch
 
-    from pyeditfast.checkpoints import load_model
+    from pyeditfast.loading import load_model
 
     path = Path(source).expanduser()
     if not path.is_dir() and (

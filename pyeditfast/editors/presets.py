@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -35,6 +36,25 @@ ULTRAEDIT_MODULES: dict[str, tuple[str, ...]] = {
     # Not published: the relative depth of Mistral's choice.
     "llama-2-7b": _layers("model.layers.{}.mlp.down_proj", (29, 30)),
     "gpt2-xl": _layers("transformer.h.{}.mlp.c_proj", (44, 45)),
+}
+
+WISE_SETTINGS: dict[str, dict[str, Any]] = {
+    # The published settings (arXiv 2405.14768 and its code), where they differ from the defaults.
+    "gpt2-xl": {"edit_module": "transformer.h.8.mlp.c_fc", "n_iter": 40, "act_ratio": 0.8},
+    "gpt-j-6b": {
+        "edit_module": "transformer.h.21.mlp.fc_out",
+        "act_margin": (15.0, 40.0, 20.0),
+    },
+    "llama-2-7b": {"edit_module": "model.layers.27.mlp.down_proj"},
+    "llama-3-8b": {
+        "edit_module": "model.layers.29.mlp.down_proj",
+        "edit_lr": 0.9,
+        "n_iter": 30,
+        "act_margin": (2.0, 20.0, 10.0),
+        "act_ratio": 0.5,
+    },
+    "mistral-7b": {"edit_module": "model.layers.27.mlp.down_proj"},
+    "qwen2.5-7b": {"edit_module": "model.layers.23.mlp.down_proj"},
 }
 
 SIGNATURES = {
@@ -83,8 +103,43 @@ def default_modules(model: PreTrainedModel) -> tuple[str, ...]:
     preset = recognise(model.config)
     if preset is not None and all(name in modules for name in ULTRAEDIT_MODULES[preset]):
         return ULTRAEDIT_MODULES[preset]
+    found = _down_projections(model)
+    layers = sorted(found)
+    chosen = layers[-3:-1] if len(layers) >= 3 else layers
+    return tuple(found[layer] for layer in chosen)
+
+
+def wise_preset(name: str) -> dict[str, Any]:
+    """Return the settings of WISE's preset ``name``; raises ``ValueError`` listing the presets for
+    another name.
+    """
+    try:
+        return WISE_SETTINGS[name]
+    except KeyError:
+        known = ", ".join(sorted(WISE_SETTINGS))
+        raise ValueError(f"unknown preset {name!r}; choose one of {known}") from None
+
+
+def default_wise_module(model: PreTrainedModel) -> str:
+    """Return the module that gets side memories where none is named.
+
+    The preset's for a model that has one. Else the down projection at five sixths of the depth, as
+    Llama-2-7B's preset edits 27 of 32. Raises ``ValueError`` for a model whose MLPs are not
+    recognised.
+    """
+    settings = WISE_SETTINGS.get(recognise(model.config) or "", {})
+    module = settings.get("edit_module")
+    if module is not None and module in dict(model.named_modules()):
+        return str(module)
+    found = _down_projections(model)
+    layers = sorted(found)
+    return found[layers[27 * len(layers) // 32]]
+
+
+def _down_projections(model: PreTrainedModel) -> dict[int, str]:
+    """Return the names of the down projections of the text model by block."""
     found: dict[int, str] = {}
-    for name, module in modules.items():
+    for name, module in model.named_modules():
         match = DOWN_PROJECTION.match(name)
         if match and not OTHER_TOWER.search(name) and getattr(module, "weight", None) is not None:
             found[int(match[1])] = name
@@ -93,6 +148,4 @@ def default_modules(model: PreTrainedModel) -> tuple[str, ...]:
             f"no default edit modules are known for {type(model).__name__}; "
             "name them in edit_modules"
         )
-    layers = sorted(found)
-    chosen = layers[-3:-1] if len(layers) >= 3 else layers
-    return tuple(found[layer] for layer in chosen)
+    return found

@@ -27,12 +27,15 @@ class EditReport:
 
     ``edits`` carried out in ``turns``; those ``rejected``, with reasons; ``seconds`` by phase, with
     the wall clock under ``"total"``; ``peak_memory_bytes``: allocated on the CUDA devices, or the
-    process's resident set on a CPU.
+    process's resident set on a CPU. WISE also tells which edits were carried out but are
+    ``not_routed``: their prompt alone does not reach a side memory, so that the model answers it as
+    before.
     """
 
     edits: int = 0
     turns: int = 0
     rejected: list[Rejection] = field(default_factory=list)
+    not_routed: list[Rejection] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
 
@@ -54,9 +57,10 @@ class EditReport:
         ]
         phases = sorted(self.seconds.items(), key=lambda item: -item[1])
         lines.append(", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases))
-        lines.extend(f"rejected {rejection}" for rejection in self.rejected[:5])
-        if len(self.rejected) > 5:
-            lines.append(f"... and {len(self.rejected) - 5} more rejected")
+        for label, edits in (("rejected", self.rejected), ("not routed", self.not_routed)):
+            lines.extend(f"{label} {edit}" for edit in edits[:5])
+            if len(edits) > 5:
+                lines.append(f"... and {len(edits) - 5} more {label}")
         return "\n".join(lines)
 
 

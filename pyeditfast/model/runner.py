@@ -194,10 +194,13 @@ class ModelRunner:
 
     def batch(self, sequences: Sequence[AnswerSequence]) -> Batch:
         """Return the sequences of one pass as model inputs, packed if the model allows it."""
-        longest = max(len(sequence) for sequence in sequences)
-        if self._may_pack() and not self._window_shorter_than(longest):
+        if self.packs(max(len(sequence) for sequence in sequences)):
             return packed_batch(sequences)
         return padded_batch(sequences)
+
+    def packs(self, longest: int) -> bool:
+        """Say whether sequences of up to ``longest`` tokens are packed in one row."""
+        return self._may_pack() and not self._window_shorter_than(longest)
 
     def _window_shorter_than(self, longest: int) -> bool:
         config = self.model.config.get_text_config()

@@ -49,12 +49,14 @@ def build_sequences(
     pairs: Sequence[tuple[str, str]],
     limit: int | None = None,
     vocabulary: int | None = None,
+    *,
+    special_tokens: bool = True,
 ) -> list[AnswerSequence | str]:
     """Tokenize ``(prompt, target)`` pairs; where one cannot be used, its place holds the reason.
 
-    The prompt gets the tokenizer's special tokens, the target one leading space and none, as
-    published. ``limit`` is the longest input allowed, in tokens; ``vocabulary`` the number of token
-    embeddings.
+    The prompt gets the tokenizer's special tokens (unless it has them already and
+    ``special_tokens`` is False), the target one leading space and none, as published. ``limit`` is
+    the longest input allowed, in tokens; ``vocabulary`` the number of token embeddings.
     """
     built: list[AnswerSequence | str] = [""] * len(pairs)
     usable = []
@@ -68,7 +70,9 @@ def build_sequences(
     if not usable:
         return built
     options: dict[str, Any] = {"padding": False, "truncation": False, "verbose": False}
-    prompts = tokenizer([pairs[i][0] for i in usable], **options)["input_ids"]
+    prompts = tokenizer(
+        [pairs[i][0] for i in usable], add_special_tokens=special_tokens, **options
+    )["input_ids"]
     targets = tokenizer([" " + pairs[i][1] for i in usable], add_special_tokens=False, **options)[
         "input_ids"
     ]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from pyeditfast import reference
-from pyeditfast.backends import Candidate, always, choose
+from pyeditfast.backends import Candidate, always, choose, refusing
 from pyeditfast.ops.checks import check_rows
+from pyeditfast.ops.compiled import as_matrix, compiled, compiled_for, cpp_candidate
 from pyeditfast.ops.memories import check_like
 from pyeditfast.reference.magnitude_threshold import kept_elements
 
 CANDIDATES = (
+    cpp_candidate("magnitude_threshold"),
     Candidate("torch", always),
     Candidate("reference", always),
 )
@@ -30,8 +35,11 @@ def magnitude_threshold(x: Tensor, density: float, *, base: Tensor | None = None
     check_density(density, x.numel())
     if base is not None:
         check_like("base", base, "x", x)
-    if choose("magnitude_threshold", CANDIDATES, x.device) == "reference":
+    chosen = choose("magnitude_threshold", _candidates(x, base), x.device)
+    if chosen == "reference":
         return reference.magnitude_threshold(x, density, base=base)
+    if chosen == "cpp":
+        return _select(x, base, kept_elements(x.numel(), density))
     magnitude = _magnitude(x, base)
     # From the near end: kthvalue counts from the smallest.
     return magnitude.kthvalue(magnitude.numel() - kept_elements(x.numel(), density) + 1).values
@@ -43,6 +51,41 @@ def check_density(density: float, numel: int) -> None:
         raise ValueError(f"density is {density}; a number above 0 and up to 1 is needed")
     if kept_elements(numel, density) < 1:
         raise ValueError(f"density {density} keeps none of {numel} elements")
+
+
+def _candidates(x: Tensor, base: Tensor | None) -> Sequence[Candidate]:
+    for name, tensor in (("x", x), ("base", base)):
+        if tensor is not None and _as_rows(tensor) is None:
+            reason = (
+                f"the C++ form takes matrices; {name} {tuple(tensor.shape)} has strides "
+                f"{tensor.stride()}"
+            )
+            return refusing(CANDIDATES, "cpp", reason)
+    return compiled_for(CANDIDATES, x.dtype)
+
+
+def _as_rows(tensor: Tensor) -> Tensor | None:
+    """Return ``[..., columns]`` as ``[rows, columns]``, None where that takes a copy."""
+    if tensor.ndim == 2:
+        return tensor
+    try:
+        return tensor.view(-1, tensor.shape[-1])
+    except RuntimeError:
+        return None
+
+
+def _select(x: Tensor, base: Tensor | None, k: int) -> Tensor:
+    matrix, base_matrix = _as_rows(x), None if base is None else _as_rows(base)
+    assert matrix is not None
+    threshold = compiled().magnitude_threshold(
+        x=as_matrix(matrix),
+        base=None if base_matrix is None else as_matrix(base_matrix),
+        rows=matrix.shape[0],
+        columns=matrix.shape[1],
+        k=k,
+        threads=torch.get_num_threads(),
+    )
+    return torch.tensor(threshold, dtype=torch.float32)
 
 
 def _magnitude(x: Tensor, base: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from pyeditfast import reference
 from pyeditfast.backends import Candidate, always, choose, fitting, triton_candidate
 from pyeditfast.errors import UnsupportedWeightError
 from pyeditfast.ops.checks import check_rows, check_same_device
+from pyeditfast.ops.compiled import as_matrix, compiled, compiled_for, cpp_candidate
 from pyeditfast.ops.memories import check_like
 from pyeditfast.ops.precision import exact_matmul
 from pyeditfast.ops.random_mask import random_uniform
@@ -20,6 +21,7 @@ from pyeditfast.reference.random_mask import check_arguments
 
 CANDIDATES = (
     triton_candidate("masked_sgd"),
+    cpp_candidate("masked_sgd"),
     Candidate("torch", always),
     Candidate("reference", always),
 )
@@ -72,7 +74,7 @@ def masked_sgd_(
     check_same_device("grad", grad.device, "weight", weight.device)
     if weight.numel() == 0:
         return weight
-    candidates = fitting(CANDIDATES, weight.dtype, grad.dtype)
+    candidates = _candidates(weight, grad)
     chosen = choose("masked_sgd", candidates, weight.device)
     with torch.no_grad():
         if chosen == "reference":
@@ -81,6 +83,11 @@ def masked_sgd_(
             from pyeditfast_kernels.masked_sgd import masked_sgd_ as launch
 
             return launch(weight, grad, main, *vars(step).values(), active)
+        if chosen == "cpp":
+            if active is None or active:
+                _compiled_step_(weight, grad, main, step)
+                torch.autograd.graph.increment_version(weight)
+            return weight
         return _step_rows_(weight, lambda rows: grad[rows], main, step, active)
 
 
@@ -122,7 +129,7 @@ def masked_sgd_product_(
     check_same_device("inputs", inputs.device, "weight", weight.device)
     if weight.numel() == 0:
         return weight
-    candidates = fitting(CANDIDATES, weight.dtype, inputs.dtype)
+    candidates = _candidates(weight, inputs)
     chosen = choose("masked_sgd", candidates, weight.device)
     with torch.no_grad():
         if chosen == "reference":
@@ -134,6 +141,13 @@ def masked_sgd_product_(
 
             return launch(weight, output_grads, inputs, main, *vars(step).values(), active)
         work = _work_dtype(weight)
+        # Converted once, not for every block of rows.
+        output_grads, inputs = output_grads.to(work), inputs.to(work)
+        if chosen == "cpp":
+            if active is None or active:
+                _compiled_product_step_(weight, output_grads, inputs, main, step)
+                torch.autograd.graph.increment_version(weight)
+            return weight
 
         def grad_rows(rows: slice) -> Tensor:
             return exact_matmul(output_grads[:, rows].mT, inputs, work)
@@ -162,6 +176,10 @@ def _check(weight: Tensor, main: Tensor, step: _Step, active: Tensor | None) -> 
         check_same_device("active", active.device, "weight", weight.device)
 
 
+def _candidates(weight: Tensor, grad: Tensor) -> Sequence[Candidate]:
+    return compiled_for(fitting(CANDIDATES, weight.dtype, grad.dtype), weight.dtype, grad.dtype)
+
+
 def _work_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
@@ -170,6 +188,40 @@ def _row_blocks(weight: Tensor) -> Iterator[slice]:
     step = max(1, CHUNK_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         yield slice(start, min(start + step, weight.shape[0]))
+
+
+def _compiled_step_(
+    weight: Tensor, grad: Tensor, main: Tensor, step: _Step, first_row: int = 0
+) -> None:
+    """Take the step on rows of a weight, of which ``first_row`` is the first."""
+    bounded = step.norm_constraint is not None
+    compiled().masked_sgd(
+        weight=as_matrix(weight),
+        grad=as_matrix(grad),
+        main=as_matrix(main) if bounded else None,
+        rows=weight.shape[0],
+        columns=weight.shape[1],
+        seed=step.seed,
+        ratio=step.ratio,
+        offset=first_row * weight.shape[1],
+        lr=step.lr,
+        weight_decay=step.weight_decay,
+        norm_constraint=step.norm_constraint if bounded else 0.0,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _compiled_product_step_(
+    weight: Tensor, output_grads: Tensor, inputs: Tensor, main: Tensor, step: _Step
+) -> None:
+    by_columns = weight.stride(0) < weight.stride(1)
+    for rows in _row_blocks(weight):
+        # The gradient in the layout of the weight.
+        if by_columns:
+            grad = exact_matmul(inputs.mT, output_grads[:, rows]).mT
+        else:
+            grad = exact_matmul(output_grads[:, rows].mT, inputs)
+        _compiled_step_(weight[rows], grad, main[rows], step, rows.start)
 
 
 def _step_rows_(

@@ -8,26 +8,18 @@ stored masks. ``u`` is Philox4x32-10 as in Triton's ``tl.rand(seed, i)``; the eq
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from pyeditfast.backends import Candidate, always, choose
-from pyeditfast.extension import extension_status, load_extension
+from pyeditfast.ops.compiled import compiled, cpp_candidate
 from pyeditfast.reference.random_mask import check_arguments
 from pyeditfast.reference.random_mask import random_mask as reference_mask
 from pyeditfast.reference.random_mask import random_uniform as reference_uniform
 
-
-def _cpp_unavailable(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return f"the C++ form runs on the CPU, not on {device.type}"
-    return None if load_extension() is not None else extension_status()
-
-
 CANDIDATES = (
-    Candidate("cpp", _cpp_unavailable),
+    cpp_candidate("random_mask"),
     Candidate("torch", always),
     Candidate("reference", always),
 )
@@ -50,7 +42,7 @@ def random_mask(
     device = _resolve(device)
     if choose("random_mask", CANDIDATES, device) == "cpp":
         out = torch.empty(shape, dtype=torch.bool, device=device)
-        _compiled().random_mask(
+        compiled().random_mask(
             out=out.data_ptr(),
             numel=out.numel(),
             seed=seed,
@@ -84,7 +76,7 @@ def random_uniform(
     device = _resolve(device)
     if choose("random_mask", CANDIDATES, device) == "cpp":
         out = torch.empty(shape, dtype=torch.float32, device=device)
-        _compiled().random_uniform(
+        compiled().random_uniform(
             out=out.data_ptr(),
             numel=out.numel(),
             seed=seed,
@@ -97,10 +89,3 @@ def random_uniform(
 
 def _resolve(device: torch.device | str | None) -> torch.device:
     return torch.get_default_device() if device is None else torch.device(device)
-
-
-def _compiled() -> ModuleType:
-    module = load_extension()
-    if module is None:
-        raise RuntimeError(extension_status())
-    return module

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from pyeditfast import reference
 from pyeditfast.backends import Candidate, always, choose, triton_candidate
+from pyeditfast.ops.compiled import as_matrix, compiled, compiled_for, cpp_candidate
 from pyeditfast.ops.magnitude_threshold import check_density, magnitude_threshold
 from pyeditfast.ops.memories import check_memories, taking
 
 CANDIDATES = (
     triton_candidate("ties_merge"),
+    cpp_candidate("ties_merge"),
     Candidate("torch", always),
     Candidate("reference", always),
 )
@@ -46,7 +48,8 @@ def ties_merge(
         raise ValueError("sides is empty; at least one side memory is needed")
     weights = check_weights(weights, len(sides))
     check_density(density, main.numel())
-    chosen = choose("ties_merge", taking(CANDIDATES, main, sides), main.device)
+    candidates = compiled_for(taking(CANDIDATES, main, sides), main.dtype)
+    chosen = choose("ties_merge", candidates, main.device)
     if chosen == "reference":
         return reference.ties_merge(main, sides, density, weights)
     thresholds = torch.stack([magnitude_threshold(side, density, base=main) for side in sides])
@@ -55,6 +58,18 @@ def ties_merge(
 
         return launch(main, sides, thresholds, torch.tensor(weights, device=main.device))
     out = torch.empty_like(main)
+    if chosen == "cpp":
+        compiled().ties_merge(
+            out=as_matrix(out),
+            main=as_matrix(main),
+            sides=[as_matrix(side) for side in sides],
+            thresholds=thresholds.tolist(),
+            weights=weights,
+            rows=main.shape[0],
+            columns=main.shape[1],
+            threads=torch.get_num_threads(),
+        )
+        return out
     step = max(1, CHUNK_ELEMENTS // main.shape[1])
     for start in range(0, main.shape[0], step):
         rows = slice(start, start + step)

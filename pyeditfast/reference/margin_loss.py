@@ -16,11 +16,12 @@ def margin_loss(in_gaps: Tensor, out_gap: Tensor, margins: tuple[float, float, f
     """
     alpha, beta, gamma = margins
     return (
-        _mean_of_positive(out_gap - in_gaps + gamma)
-        + _mean_of_positive((out_gap - alpha).reshape(1))
-        + _mean_of_positive(beta - in_gaps)
+        mean_of_positive(out_gap - in_gaps + gamma)
+        + mean_of_positive((out_gap - alpha).reshape(1))
+        + mean_of_positive(beta - in_gaps)
     )
 
 
-def _mean_of_positive(terms: Tensor) -> Tensor:
+def mean_of_positive(terms: Tensor) -> Tensor:
+    """Return the mean of the terms above 0, 0 where there is none."""
     return terms.relu().sum() / (terms > 0).sum().clamp(min=1)

@@ -1,0 +1,146 @@
+"""Suffix replay: the same logits and gradients as the whole model, without running its prefix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_model
+
+from pyeditfast.editors.presets import default_modules
+from pyeditfast.errors import UnsupportedWeightError
+from pyeditfast.model.capture import frozen
+from pyeditfast.model.query_batch import Query, query_batch
+from pyeditfast.model.runner import ModelRunner
+from pyeditfast.model.suffix_replay import SuffixReplay, module_inputs
+
+QUERIES = [
+    Query((3, 4, 5, 6, 7), (6, 7)),
+    Query((9, 8, 7), (7,)),
+    Query((11, 12, 13, 14, 15, 16), (15, 16)),
+]
+
+
+def modules_of(family):
+    names = {"gpt2": ["c_fc", "c_proj"], "llama": ["gate_proj", "up_proj", "down_proj"]}
+    if family in names:
+        first = "transformer.h.1.mlp." if family == "gpt2" else "model.layers.1.mlp."
+        return [first + name for name in names[family]]
+    return [default_modules(tiny_model(family, layers=4))[0]]
+
+
+CASES = [(family, name) for family in FAMILIES for name in modules_of(family)]
+
+
+def batch_for(runner, layout=None):
+    layout = layout or ("packed" if runner.packs(6) else "right")
+    return query_batch(QUERIES, layout).batch
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_equals_the_whole_model_bit_for_bit(family, name):
+    model = tiny_model(family, layers=4)
+    runner = ModelRunner(model)
+    batch = batch_for(runner)
+    module = model.get_submodule(name)
+    with frozen(model), torch.no_grad():
+        replay = SuffixReplay(runner, name, batch)
+        for factor in (1.0, 1.1):
+            module.weight.mul_(factor)
+            expected = runner.answer_logits(batch)
+            assert torch.equal(replay.answer_logits(module(replay.inputs)), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
+def test_gradients_equal_those_of_the_whole_model(family):
+    model = tiny_model(family, layers=4)
+    name = modules_of(family)[0]
+    runner = ModelRunner(model)
+    batch = batch_for(runner)
+    module = model.get_submodule(name)
+    module.weight.requires_grad_(True)
+    (expected,) = torch.autograd.grad(runner.answer_logits(batch).sum(), module.weight)
+    with frozen(model):
+        replay = SuffixReplay(runner, name, batch)
+        output = module(replay.inputs).detach().requires_grad_()
+        (grads,) = torch.autograd.grad(replay.answer_logits(output).sum(), output)
+    found = replay.inputs.T @ grads if family == "gpt2" else grads.T @ replay.inputs
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_left_padded_batches():
+    model = tiny_model("llama", layers=4)
+    runner = ModelRunner(model)
+    batch = batch_for(runner, "left")
+    name = "model.layers.2.mlp.down_proj"
+    with frozen(model), torch.no_grad():
+        replay = SuffixReplay(runner, name, batch)
+        output = model.get_submodule(name)(replay.inputs)
+        assert torch.equal(replay.answer_logits(output), runner.answer_logits(batch))
+    assert replay.tokens == 18
+
+
+def test_runs_nothing_before_the_module_again():
+    model = tiny_model("llama", layers=4)
+    runner = ModelRunner(model, packing=True)
+    name = "model.layers.2.mlp.down_proj"
+    replay = SuffixReplay(runner, name, batch_for(runner))
+    ran = []
+    for label, part in model.named_modules():
+        if label.endswith(("q_proj", "gate_proj", "up_proj", "down_proj", "lm_head")):
+            part.register_forward_hook(lambda *_, label=label: ran.append(label))
+    replay.answer_logits(torch.zeros(replay.tokens, 32))
+    assert {label.split(".")[2] for label in ran if "layers" in label} == {"2", "3"}
+    # The hook sees the edited module's recorded neighbours, which do not compute.
+    assert [label for label in ran if label.endswith("q_proj")] == [
+        "model.layers.3.self_attn.q_proj"
+    ]
+
+
+def test_leaves_no_trace_on_the_model():
+    model = tiny_model("llama", layers=4)
+    runner = ModelRunner(model)
+    batch = batch_for(runner)
+    before = runner.answer_logits(batch)
+    replay = SuffixReplay(runner, "model.layers.2.mlp.down_proj", batch)
+    replay.answer_logits(torch.zeros(replay.tokens, 32))
+    assert torch.equal(runner.answer_logits(batch), before)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_leaves_no_trace_after_an_error():
+    model = tiny_model("llama", layers=4)
+    runner = ModelRunner(model)
+    replay = SuffixReplay(runner, "model.layers.2.mlp.down_proj", batch_for(runner))
+    with pytest.raises(RuntimeError):
+        replay.answer_logits(torch.zeros(replay.tokens, 31))
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_forward_that_was_replaced_before_is_put_back():
+    model = tiny_model("llama", layers=4)
+    runner = ModelRunner(model)
+    block = model.model.layers[0]
+    own = block.forward
+    block.forward = own
+    replay = SuffixReplay(runner, "model.layers.2.mlp.down_proj", batch_for(runner))
+    replay.answer_logits(torch.zeros(replay.tokens, 32))
+    assert vars(block)["forward"] is own
+
+
+def test_module_inputs_are_what_the_module_reads():
+    model = tiny_model("llama", layers=4)
+    runner = ModelRunner(model)
+    name = "model.layers.2.mlp.down_proj"
+    seen = []
+    model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    batch = batch_for(runner)
+    found = module_inputs(runner, name, batch)
+    runner.answer_logits(batch)
+    assert torch.equal(found, seen[-1].reshape(-1, seen[-1].shape[-1]))
+
+
+def test_refuses_a_module_outside_the_blocks():
+    model = tiny_model("llama")
+    runner = ModelRunner(model)
+    with pytest.raises(UnsupportedWeightError, match="lm_head is not inside one of the model's"):
+        SuffixReplay(runner, "lm_head", batch_for(runner))
