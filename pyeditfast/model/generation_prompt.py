@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from pyeditfast.model.query_routing import QueryRouting, RoutedQueries
+    from pyeditfast.model.model_call import RoutedQueries
+    from pyeditfast.model.query_routing import QueryRouting
 
 
 @dataclass
@@ -58,6 +59,7 @@ class _RoutedMethod:
         self._model = model
         self._routing = routing
         self._previous: Callable[..., Any] | None = vars(model).get(self.name)
+        self.__doc__ = self.__wrapped__.__doc__
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -66,10 +68,6 @@ class _RoutedMethod:
             return self._previous
         method: Callable[..., Any] = getattr(type(self._model), self.name).__get__(self._model)
         return method
-
-    @property
-    def __doc__(self) -> str | None:  # type: ignore[override]
-        return self.__wrapped__.__doc__
 
     @classmethod
     def install(cls, model: nn.Module, routing: QueryRouting) -> None:

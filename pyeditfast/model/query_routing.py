@@ -10,87 +10,32 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyeditfast.model.generation_prompt import GenerationPrompt, PreparedCall
+from pyeditfast.model.model_call import ModelCall, Route, RoutedQueries
 from pyeditfast.model.packing import PackedLayout
-from pyeditfast.model.prompt_gaps import GapSums
+from pyeditfast.model.recomputed_calls import RecomputedCalls, in_backward
 
 ON_CACHE = "pyeditfast_queries"
 """The attribute of a cache that holds its ``RoutedQueries``."""
 
 
-@dataclass
-class RoutedQueries:
-    """The queries of one batch and what was decided for them.
-
-    ``route`` ``[queries]`` int64, ``gaps`` ``[queries, memories]``, ``thresholds`` ``[memories]``:
-    None until decided. ``sums``: what their prompts need to go on, None where they cannot.
-    ``memories`` numbers the set of memories that was asked. ``decoding`` once a token was
-    generated.
-    """
-
-    route: Tensor | None = None
-    gaps: Tensor | None = None
-    thresholds: Tensor | None = None
-    sums: GapSums | None = None
-    memories: int = -1
-    decoding: bool = False
-
-
-@dataclass
-class ModelCall:
-    """One forward pass as a routed module sees it.
-
-    ``mask`` ``[queries, columns]`` bool: the tokens that decide, None where all do. With ``layout``
-    the pass is one packed row. ``decides`` is False where the route is kept. ``continues`` where
-    the tokens add to those of earlier passes; ``may_continue`` where later ones may add to them.
-    """
-
-    queries: RoutedQueries
-    rows: int
-    columns: int
-    decides: bool
-    mask: Tensor | None = None
-    layout: PackedLayout | None = None
-    continues: bool = False
-    may_continue: bool = False
-
-    @property
-    def tokens(self) -> int:
-        """Return the number of tokens of the pass, pads included."""
-        return self.rows * self.columns if self.layout is None else self.layout.tokens
-
-    def to_rows(self, x: Tensor) -> Tensor:
-        """Return a module's input for the whole pass as ``[queries, columns, d]``."""
-        if self.layout is None:
-            return x.reshape(self.rows, self.columns, x.shape[-1])
-        to_rows, _ = self.layout.indices(x.device)
-        flat = x.reshape(-1, x.shape[-1]).index_select(0, to_rows)
-        return flat.unflatten(0, (self.rows, self.columns))
-
-    def from_rows(self, output: Tensor, like: Tensor) -> Tensor:
-        """Return an output ``[queries, columns, d_out]`` in the form of the input ``like``."""
-        if self.layout is not None:
-            _, to_packed = self.layout.indices(output.device)
-            output = output.flatten(0, 1).index_select(0, to_packed)
-        return output.reshape(*like.shape[:-1], output.shape[-1])
-
-
 class QueryRouting:
     """Follows the forward passes of one model and tells its routed module what each of them is.
 
-    ``last`` are the queries decided last. ``prompt`` is set while ``generate`` runs.
+    ``last`` are the queries decided last; the routed module sets it, and notes in ``recomputed``
+    what it runs in training mode. ``prompt`` is set while ``generate`` runs.
     """
 
     def __init__(self) -> None:
         self.suspended = False
         self.prompt: GenerationPrompt | None = None
         self.last: RoutedQueries | None = None
+        self.recomputed = RecomputedCalls()
         self._prepared: PreparedCall | None = None
         self._prompt_lengths: list[int] | None = None
         self._call: ModelCall | None = None
@@ -143,10 +88,10 @@ class QueryRouting:
     def call_of(self, x: Tensor) -> ModelCall:
         """Return the forward pass that a module's input ``x`` belongs to.
 
-        Outside a forward pass: in a backward pass, where gradient checkpointing computes the module
-        again, the last one, its route decided; else the rows of ``x`` are queries of their own.
+        Outside a forward pass: in a backward pass, where gradient checkpointing runs the module
+        again, the one that it ran in first; else the rows of ``x`` are queries of their own.
         """
-        tokens = x.numel() // x.shape[-1]
+        tokens = x.shape[:-1].numel()
         if self._within and self._call is not None:
             if self._call.tokens != tokens:
                 raise ValueError(
@@ -154,17 +99,10 @@ class QueryRouting:
                     "only modules that see every token once can be routed"
                 )
             return self._call
-        # The engine's own test for being in a backward pass, as checkpointing makes it.
-        if self._call is not None and torch._C._current_graph_task_id() != -1:
-            if self._call.tokens != tokens:
-                raise ValueError(
-                    f"gradient checkpointing computes a pass of {tokens} tokens again; the last "
-                    f"one had {self._call.tokens}: go backward before the next forward pass"
-                )
-            return replace(self._call, decides=False)
+        if in_backward():
+            return self.recomputed.find(x)
         rows, columns = (1, tokens) if x.ndim == 2 else (x.shape[:-2].numel(), x.shape[-2])
-        self.last = RoutedQueries()
-        return ModelCall(self.last, rows, columns, decides=True)
+        return ModelCall(RoutedQueries(), rows, columns, decides=True)
 
     def _begin(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         prepared, self._prepared = self._prepared, None
@@ -188,8 +126,6 @@ class QueryRouting:
             self._call = self._generation_call(prepared, given, rows, columns)
         else:
             self._call = self._plain_call(root, given, rows, columns, tokens.device)
-        if self._call.decides:
-            self.last = self._call.queries
         self._within = True
 
     def _end(
@@ -204,8 +140,8 @@ class QueryRouting:
     def _packed_call(self, layout: PackedLayout, device: torch.device) -> ModelCall:
         rows, columns = len(layout.lengths), layout.longest
         lengths = torch.tensor(layout.lengths, device=device)
-        mask = torch.arange(columns, device=device) < lengths[:, None]
-        mask = self._only_prompts(mask, rows, columns, device)
+        real = torch.arange(columns, device=device) < lengths[:, None]
+        mask = self._only_prompts(real, rows, columns, device)
         return ModelCall(RoutedQueries(), rows, columns, True, mask, layout)
 
     def _plain_call(
@@ -217,17 +153,13 @@ class QueryRouting:
         device: torch.device,
     ) -> ModelCall:
         cache = given.get("past_key_values")
-        queries = getattr(cache, ON_CACHE, None)
-        past = _cached_columns(cache, queries, columns)
-        if past and queries is None:
-            raise ValueError(_UNKNOWN_CACHE.format(past))
+        queries, past = _queries_of(cache, columns)
         if past and (columns == 1 or queries.decoding):
             queries.decoding = True
             return ModelCall(queries, rows, columns, decides=False)
         mask = _own_columns(_two_dimensional(given.get("attention_mask")), rows, past, columns)
         if not past:
             mask = self._only_prompts(mask, rows, columns, device)
-            queries = RoutedQueries()
             _keep_on(cache, queries)
         uses_cache = given.get("use_cache")
         if uses_cache is None:
@@ -277,10 +209,7 @@ class QueryRouting:
         )
 
     def _begin_prompt(self, prompt: GenerationPrompt, cache: Any) -> None:
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        queries = getattr(cache, ON_CACHE, None) if past else RoutedQueries()
-        if queries is None:
-            raise ValueError(_UNKNOWN_CACHE.format(past))
+        queries, past = _queries_of(cache)
         _keep_on(cache, queries)
         prompt.queries = queries
         prompt.seen = past
@@ -302,12 +231,6 @@ class QueryRouting:
         return mask & (mask.cumsum(-1) <= lengths[:, None])
 
 
-_UNKNOWN_CACHE = (
-    "the cache holds {} columns whose queries are not known; fill it with this model, after its "
-    "side memories are set"
-)
-
-
 def _two_dimensional(mask: Any) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
@@ -325,21 +248,29 @@ def _own_columns(mask: Tensor | None, rows: int, past: int, columns: int) -> Ten
     return own.bool().expand(rows, columns)
 
 
-def _cached_columns(cache: Any, queries: RoutedQueries | None, columns: int) -> int:
-    """Return the number of columns in a cache before this pass; 0 also for none."""
-    if cache is None:
-        return 0
-    length = cache.get_seq_length()
-    if isinstance(length, Tensor) and columns == 1 and queries is not None:
+def _queries_of(cache: Any, columns: int = 0) -> tuple[RoutedQueries, int]:
+    """Return the queries that a pass of ``columns`` goes on with, new ones where its cache is empty
+    or None, and the number of columns in the cache.
+    """
+    queries: RoutedQueries | None = getattr(cache, ON_CACHE, None)
+    past = 0 if cache is None else cache.get_seq_length()
+    if isinstance(past, Tensor):
         # A static cache counts on its device. A single token after a prompt is decoding, whatever
         # the count: decoding does not wait for the device.
-        return 1
-    return int(length)
+        past = 1 if columns == 1 and queries is not None else int(past)
+    if not past:
+        return RoutedQueries(), 0
+    if queries is None:
+        raise ValueError(
+            f"the cache holds {past} columns whose queries are not known; fill it with this model, "
+            "after its side memories are set"
+        )
+    return queries, past
 
 
 def _cache_of(output: Any) -> Any:
-    candidates = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
-    return next((item for item in candidates if hasattr(item, "get_seq_length")), None)
+    items = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+    return next((item for item in items if hasattr(item, "get_seq_length")), None)
 
 
 def _keep_on(cache: Any, queries: RoutedQueries) -> None:
@@ -351,3 +282,6 @@ def _device_of(given: dict[str, Any]) -> torch.device:
     tokens = given.get("input_ids")
     device: torch.device = (given["inputs_embeds"] if tokens is None else tokens).device
     return device
+
+
+__all__ = ["ON_CACHE", "QueryRouting", "Route"]

@@ -8,6 +8,7 @@ it gave then, so that a forward pass costs what lies behind the module.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +101,8 @@ class SuffixReplay:
             for part, outputs in self._recorded.items():
                 replaced.enter_context(_forward(part, _again(part, outputs)))
             replaced.enter_context(_forward(self._path.module, lambda entered: given))
+            for part in self._path.last:
+                replaced.enter_context(_forward(part, self._only_at_answers(part)))
             return self.runner.answer_logits(self.batch)
 
     def _entering_block(self) -> Callable[..., Any]:
@@ -107,6 +110,24 @@ class SuffixReplay:
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             return original(self._block_input, *args, **kwargs)
+
+        return forward
+
+    def _only_at_answers(self, part: nn.Module) -> Callable[..., Any]:
+        """Return a forward of ``part`` that computes the answer positions and gives 0 elsewhere."""
+        original = part.forward
+        slots = self.batch.answer_slots
+
+        def forward(hidden_states: Tensor) -> Any:
+            rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+            places = slots.to(rows.device)
+            result = original(rows.index_select(0, places).unsqueeze(0))
+            # Mixtures of experts give their router's logits too.
+            computed = (result[0] if isinstance(result, tuple) else result).squeeze(0)
+            everywhere = computed.new_zeros(rows.shape[0], computed.shape[-1])
+            filled = everywhere.index_copy(0, places, computed)
+            output = filled.view(*hidden_states.shape[:-1], computed.shape[-1])
+            return (output, *result[1:]) if isinstance(result, tuple) else output
 
         return forward
 
@@ -119,13 +140,15 @@ def module_inputs(runner: ModelRunner, module_name: str, batch: Batch) -> Tensor
 @dataclass(frozen=True)
 class _Path:
     """Where a module lies: its ``block``, the blocks ``before`` it, and the parts ``beside`` the
-    module in its block.
+    module in its block. ``last`` is the feed-forward part of the model's last block, whose output
+    nothing but the head reads.
     """
 
     module: nn.Module
     block: nn.Module
     before: list[nn.Module]
     beside: list[nn.Module]
+    last: list[nn.Module]
 
 
 def _path(model: PreTrainedModel, name: str) -> _Path:
@@ -144,7 +167,18 @@ def _path(model: PreTrainedModel, name: str) -> _Path:
     for depth in range(place + 1, len(parts)):
         parent = model.get_submodule(".".join(parts[:depth]))
         beside += [child for label, child in parent.named_children() if label != parts[depth]]
-    return _Path(model.get_submodule(name), blocks[number], blocks[:number], beside)
+    last = [] if number == len(blocks) - 1 else _positionwise(blocks[-1])
+    return _Path(model.get_submodule(name), blocks[number], blocks[:number], beside, last)
+
+
+def _positionwise(block: nn.Module) -> list[nn.Module]:
+    """Return the feed-forward part of a block if it is one module that reads each position by
+    itself.
+    """
+    part = getattr(block, "mlp", None)
+    if not isinstance(part, nn.Module) or len(inspect.signature(part.forward).parameters) != 1:
+        return []
+    return [part]
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ def batch_for(runner, layout=None):
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
-def test_equals_the_whole_model_bit_for_bit(family, name):
+def test_equals_the_whole_model(family, name):
     model = tiny_model(family, layers=4)
     runner = ModelRunner(model)
     batch = batch_for(runner)
@@ -47,7 +47,9 @@ def test_equals_the_whole_model_bit_for_bit(family, name):
         for factor in (1.0, 1.1):
             module.weight.mul_(factor)
             expected = runner.answer_logits(batch)
-            assert torch.equal(replay.answer_logits(module(replay.inputs)), expected)
+            found = replay.answer_logits(module(replay.inputs))
+            # The last block's feed-forward part sees fewer rows, which may round otherwise.
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
@@ -75,7 +77,8 @@ def test_left_padded_batches():
     with frozen(model), torch.no_grad():
         replay = SuffixReplay(runner, name, batch)
         output = model.get_submodule(name)(replay.inputs)
-        assert torch.equal(replay.answer_logits(output), runner.answer_logits(batch))
+        found, expected = replay.answer_logits(output), runner.answer_logits(batch)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert replay.tokens == 18
 
 
@@ -94,6 +97,19 @@ def test_runs_nothing_before_the_module_again():
     assert [label for label in ran if label.endswith("q_proj")] == [
         "model.layers.3.self_attn.q_proj"
     ]
+
+
+def test_the_last_feed_forward_part_runs_at_answer_positions_alone():
+    model = tiny_model("llama", layers=4)
+    runner = ModelRunner(model, packing=True)
+    rows = []
+    model.model.layers[3].mlp.down_proj.register_forward_pre_hook(
+        lambda _, args: rows.append(args[0].shape[1])
+    )
+    replay = SuffixReplay(runner, "model.layers.1.mlp.down_proj", batch_for(runner))
+    rows.clear()
+    replay.answer_logits(torch.zeros(replay.tokens, 32))
+    assert rows == [5]
 
 
 def test_leaves_no_trace_on_the_model():

@@ -35,6 +35,13 @@ class GapSums:
             self.count + later.count,
         )
 
+    def repeated(self, times: int) -> GapSums:
+        """Return the sums with every query ``times`` times, next to itself."""
+        if times == 1:
+            return self
+        tensors = (self.total, self.largest, self.count)
+        return GapSums(*(tensor.repeat_interleave(times, 0) for tensor in tensors))
+
     def gaps(self, reduction: str) -> Tensor:
         """Return the gaps ``[queries, memories]``, as if the tokens had come in one piece."""
         mean = self.total / self.count.clamp(min=1)[:, None]
