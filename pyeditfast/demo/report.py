@@ -149,7 +149,7 @@ class DemoResult:
             time = f"{1e3 * seconds:.0f} ms" if seconds is not None else ""
             lines.append(
                 f"{name:20}"
-                + "".join(f"{_percent(getattr(scores, key)):>17}" for key in SCORES)
+                + "".join(f"{percent(getattr(scores, key)):>17}" for key in SCORES)
                 + f"{time:>10}"
             )
         lines += ["", self.comparison(), "", "What the model says before -> after:"]
@@ -182,12 +182,12 @@ def markdown(result: DemoResult) -> str:
     parts = [
         f"# {result.facts} facts edited into a small model",
         "![Scores before and after, and where the time goes](report.png)",
-        _table(
+        table(
             ["", *SCORES.values(), "time"],
             [
                 [
                     name,
-                    *(_percent(getattr(scores, key)) for key in SCORES),
+                    *(percent(getattr(scores, key)) for key in SCORES),
                     f"{1e3 * seconds:.0f} ms" if seconds is not None else "",
                 ]
                 for name, scores, seconds in result.rows()
@@ -200,9 +200,9 @@ def markdown(result: DemoResult) -> str:
         "tokens of a long answer follow from its first.",
         result.comparison(),
         "## Where the time goes",
-        _table(["phase", "time"], phases),
+        table(["phase", "time"], phases),
         "## Examples",
-        _table(
+        table(
             ["prompt", "before", "after", "wanted"],
             [[s.prompt, s.before, s.after, s.target] for s in result.samples],
         ),
@@ -220,10 +220,12 @@ def markdown(result: DemoResult) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(header: list[str], rows: Iterable[list[str]]) -> str:
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _percent(score: float | None) -> str:
+def percent(score: float | None) -> str:
+    """Return a share as text, a dash for None."""
     return "-" if score is None else f"{100 * score:.1f} %"

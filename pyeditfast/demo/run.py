@@ -71,7 +71,7 @@ def run_demo(
         f"An invented world: {size.people} people, {size.places} places, {size.companies} "
         f"companies, {len(place.facts)} facts in {size.phrasings} phrasings each"
     )
-    with _transformers_bars_hidden():
+    with transformers_bars_hidden():
         model, tokenizer = trained_model(
             cache, seed, world=place, training=training, print_line=print_line
         )
@@ -90,7 +90,7 @@ def run_demo(
             seconds = statistics.median(contest.their_seconds)
             outcome = Published(scores, seconds, *contest.difference())
 
-        samples = _samples(model, editor.model, tokenizer, _first_of_each_kind(place, edits))
+        told = samples(model, editor.model, tokenizer, first_of_each_kind(place, edits))
         out.mkdir(parents=True, exist_ok=True)
         editor.save(out / "edited-model")
         model.save_pretrained(out / "base-model")
@@ -108,7 +108,7 @@ def run_demo(
         after=after,
         report=contest.median_report(),
         published=outcome,
-        samples=samples,
+        samples=told,
         threads=torch.get_num_threads(),
         folder=out,
     )
@@ -217,7 +217,7 @@ def _weight(model: PreTrainedModel, name: str) -> Tensor:
     return model.get_parameter(name).detach().double()
 
 
-def _first_of_each_kind(world: World, edits: Sequence[Edit]) -> list[Edit]:
+def first_of_each_kind(world: World, edits: Sequence[Edit]) -> list[Edit]:
     """Return the first edit about a person, a place and a company, where there is one."""
     firsts = (
         next((edit for edit in edits if edit.subject in names), None)
@@ -226,12 +226,13 @@ def _first_of_each_kind(world: World, edits: Sequence[Edit]) -> list[Edit]:
     return [edit for edit in firsts if edit is not None]
 
 
-def _samples(
+def samples(
     before: PreTrainedModel,
     after: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     edits: Sequence[Edit],
 ) -> list[Sample]:
+    """Return what both models answer to the prompts of ``edits``."""
     return [
         Sample(
             edit.prompt,
@@ -255,7 +256,7 @@ def _completion(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
 
 
 @contextmanager
-def _transformers_bars_hidden() -> Iterator[None]:
+def transformers_bars_hidden() -> Iterator[None]:
     """Keep out the bars that Transformers draws while it reads and writes files."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

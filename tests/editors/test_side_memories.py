@@ -1,0 +1,88 @@
+"""Shards, merges and the order of side memories."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from wise_worlds import EDITS, editor
+
+from pyeditfast.editors.side_memories import SideMemories, WrittenEdit
+from pyeditfast.editors.wise_config import WiseConfig
+from pyeditfast.ops import merge
+
+MAIN = torch.arange(12.0).reshape(3, 4)
+
+
+def write(memories, gap):
+    memory = memories.trainable()
+    memory.weight += gap
+    memory.note(gap, WrittenEdit(EDITS[0], "x"), memories.config.act_ratio)
+    memories.close_shard_if_full()
+
+
+def filled(gaps, **changes):
+    config = WiseConfig(**{"save_freq": 2, "merge_freq": 4, "merge_alg": "linear", **changes})
+    memories = SideMemories(MAIN.clone(), config)
+    for gap in gaps:
+        write(memories, gap)
+    return memories
+
+
+def test_nothing_exists_before_the_first_edit():
+    memories = filled([])
+    assert memories.all() == []
+    assert memories.trainable().weight.data_ptr() != memories.main.data_ptr()
+    # A memory without edits answers nothing.
+    assert memories.all() == []
+
+
+def test_a_shard_is_closed_after_save_freq_edits_and_the_next_begins_from_the_main_memory():
+    memories = filled([3.0, 1.0, 2.0])
+    assert [len(memory.edits) for memory in memories.all()] == [2, 1]
+    assert torch.equal(memories.shards[0].weight, MAIN + 4)
+    assert torch.equal(memories.current.weight, MAIN + 2)
+
+
+def test_every_shard_has_another_mask():
+    memories = filled([1.0], seed=7)
+    assert memories.mask_seed == 7
+    write(memories, 1.0)
+    write(memories, 1.0)
+    assert memories.mask_seed == 8
+
+
+def test_the_threshold_is_the_smallest_gap_of_the_memory_times_the_ratio():
+    memories = filled([3.0, 1.0, 2.0], act_ratio=0.5)
+    assert [memory.threshold for memory in memories.all()] == [0.5, 1.0]
+
+
+def test_shards_are_merged_after_merge_freq_edits():
+    memories = filled([1.0, 2.0, 4.0, 8.0])
+    assert len(memories.all()) == 1
+    merged = memories.merged[0]
+    assert torch.equal(merged.weight, merge(MAIN, [MAIN + 3, MAIN + 12], "linear"))
+    assert merged.smallest_gap == 1.0 and len(merged.edits) == 4
+
+
+def test_retrieve_keeps_one_memory_a_merge():
+    memories = filled([1.0] * 9)
+    assert [len(memory.edits) for memory in memories.all()] == [4, 4, 1]
+
+
+def test_without_retrieve_there_is_one_merged_memory():
+    memories = filled([1.0] * 9, retrieve=False)
+    assert [len(memory.edits) for memory in memories.all()] == [8, 1]
+    # Two shards of weight 0.2 each beside the earlier merge's 0.6.
+    expected = MAIN + 0.2 * 2 + 0.2 * 2 + 0.6 * 2
+    torch.testing.assert_close(memories.merged[0].weight, expected)
+
+
+@pytest.mark.parametrize("retrieve", [True, False])
+def test_the_editor_hands_its_memories_to_the_router(retrieve):
+    wise = editor(save_freq=1, merge_freq=2, retrieve=retrieve, n_iter=3)
+    counts = []
+    for edit in EDITS[:5]:
+        wise.edit([edit])
+        counts.append(len(wise.layer.side_weights))
+    assert counts == ([1, 1, 2, 2, 3] if retrieve else [1, 1, 2, 1, 2])
+    assert len(wise.layer.thresholds) == counts[-1]
