@@ -100,3 +100,27 @@ def test_many_edits_are_scored_in_blocks(edited, monkeypatch):
     blocks = evaluate(model, tokenizer, iter(edits))
     for field in dataclasses.fields(whole):
         assert getattr(blocks, field.name) == pytest.approx(getattr(whole, field.name))
+
+
+def test_prompts_can_be_put_into_the_chat_template(edited):
+    model, _, edits = edited
+    tokenizer = tiny_tokenizer(bos=True)
+    tokenizer.chat_template = (
+        "{% for message in messages %}<bos>Q: {{ message.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}A:{% endif %}"
+    )
+    chat = evaluate(model, tokenizer, edits, exact=True, chat_template=True)
+    # The template brings its own <bos>, which must not come twice.
+    filled = [
+        dataclasses.replace(
+            edit,
+            prompt=f"<bos>Q: {edit.prompt}\nA:",
+            rephrase=f"<bos>Q: {edit.rephrase}\nA:",
+            locality_prompt=f"<bos>Q: {edit.locality_prompt}\nA:",
+        )
+        for edit in edits
+    ]
+    assert chat == evaluate(model, tiny_tokenizer(), filled, exact=True)
+    assert chat != evaluate(model, tokenizer, edits, exact=True)
+    empty = evaluate(model, tokenizer, [Edit(" ", "Oslo")], chat_template=True)
+    assert empty.skipped == 1

@@ -32,14 +32,14 @@ def test_help_loads_neither_torch_nor_transformers():
 
 
 def test_dependencies_point_one_way():
-    """CLI → editors → ops → backends: no module imports what stands above it."""
+    """CLI → editors → model → ops → backends: no module imports what stands above it."""
     from pathlib import Path
 
     root = Path(pyeditfast.__file__).parent
     above = {
         "reference": ("ops", "model", "editors", "cli", "demo", "data", "backends"),
         "ops": ("model", "editors", "cli", "demo", "data", "evaluation"),
-        "model": ("editors", "cli", "demo", "data", "evaluation", "ops"),
+        "model": ("editors", "cli", "demo", "data", "evaluation"),
         "data": ("ops", "model", "editors", "cli", "demo", "evaluation", "backends"),
         "editors": ("cli", "demo", "evaluation", "backends", "reference"),
     }

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyeditfast.editors.presets import wise_preset
+from pyeditfast.ops import ACTIVATIONS, REDUCTIONS
 from pyeditfast.ops.merge import MERGES
-from pyeditfast.reference.activation_gap import ACTIVATIONS, REDUCTIONS
 
 QUIRKS = ("none", "published")
 

@@ -17,9 +17,13 @@ from pyeditfast.editors.wise_config import WiseConfig
 from pyeditfast.model.query_batch import Query, QueryBatch, query_batch
 from pyeditfast.model.runner import ModelRunner
 from pyeditfast.model.suffix_replay import SuffixReplay, module_inputs
-from pyeditfast.ops import masked_sgd_product_
-from pyeditfast.reference.activation_gap import query_gap, token_gaps
-from pyeditfast.reference.margin_loss import margin_loss, mean_of_positive
+from pyeditfast.ops import (
+    margin_loss,
+    masked_sgd_product_,
+    mean_of_positive,
+    query_gap,
+    token_gaps,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,14 @@ from pyeditfast.ops.routed_linear import routed_linear
 from pyeditfast.ops.running_moments import RunningMoments
 from pyeditfast.ops.solve_shift import solve_shift
 from pyeditfast.ops.ties_merge import ties_merge
+from pyeditfast.reference.activation_gap import ACTIVATIONS, REDUCTIONS, query_gap, token_gaps
+from pyeditfast.reference.margin_loss import margin_loss, mean_of_positive
 from pyeditfast.reference.routed_linear import Routed
 from pyeditfast.reference.solve_shift import Shift
 
 __all__ = [
+    "ACTIVATIONS",
+    "REDUCTIONS",
     "Routed",
     "RunningMoments",
     "Shift",
@@ -34,12 +38,16 @@ __all__ = [
     "edit_values",
     "gram",
     "magnitude_threshold",
+    "margin_loss",
     "masked_sgd_",
     "masked_sgd_product_",
+    "mean_of_positive",
     "merge",
+    "query_gap",
     "random_mask",
     "random_uniform",
     "routed_linear",
     "solve_shift",
     "ties_merge",
+    "token_gaps",
 ]

@@ -1,0 +1,7 @@
+"""``python -m pyeditfast.cli``."""
+
+from __future__ import annotations
+
+from pyeditfast.cli import main
+
+main()
