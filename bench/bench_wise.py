@@ -78,7 +78,7 @@ def bench_one_edit(benchmark, contender, quirks, real_edits, tokenizer):
         return
 
     def fresh():
-        editor.memories = SideMemories(editor.memories.main, editor.config)
+        editor.restore(SideMemories(editor.memories.main, editor.config), TEMPLATES, 0, 0)
 
     def run():
         assert editor.edit([edit]).edits == 1

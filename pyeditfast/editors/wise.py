@@ -108,6 +108,7 @@ class WiseEditor:
         delivered between two batches.
         """
         report = report if report is not None else EditReport()
+        self._follow_the_model()
         clock = PhaseClock(self.runner.devices)
         if total is None and isinstance(edits, Sequence):
             total = len(edits)
@@ -137,6 +138,12 @@ class WiseEditor:
                 report.seconds = {**clock.seconds(), "total": time.perf_counter() - start}
                 report.peak_memory_bytes = peak_memory(self.runner.devices)
         return report
+
+    def _follow_the_model(self) -> None:
+        """Take the memories from the model, which may have been moved or converted."""
+        self.memories.main = self.layer.main.detach()
+        for memory, weight in zip(self.memories.all(), self.layer.side_weights, strict=True):
+            memory.weight = weight
 
     def _builder(self) -> PromptBuilder:
         if self.templates is None:
@@ -258,6 +265,7 @@ class WiseEditor:
 
     def _gaps(self, queries: Sequence[Query]) -> Tensor:
         """Return the gaps ``[queries, memories]`` of prompts for the memories as they are."""
+        self._follow_the_model()
         with frozen(self.model), self.layer.suspended():
             return prompt_gaps(
                 self.runner,
@@ -309,6 +317,7 @@ class WiseEditor:
         Only what differs from the base model is written; ``WiseEditor.load(directory)`` or
         ``pyeditfast.load_model(directory)`` puts it on the base model again.
         """
+        self._follow_the_model()
         wise_files.save(Path(directory), self)
 
     def export(self, directory: str | os.PathLike[str]) -> None:
@@ -317,6 +326,7 @@ class WiseEditor:
         It needs no pyeditfast and has no router: every query is answered by the side memory. Raises
         ``ValueError`` unless there is exactly one.
         """
+        self._follow_the_model()
         wise_files.export(Path(directory), self)
 
     @classmethod

@@ -259,3 +259,12 @@ def test_half_precision():
 def test_default_settings_need_no_module_name():
     wise = WiseEditor(tiny_model("llama", layers=4), tiny_tokenizer(), WiseConfig(n_iter=2))
     assert wise.config.edit_module == "model.layers.3.mlp.down_proj"
+
+
+def test_a_model_that_was_converted_is_edited_on():
+    wise = editor()
+    wise.edit(EDITS[:1])
+    wise.model.to(torch.float64)
+    assert wise.edit(EDITS[1:2]).edits == 1
+    assert wise.memories.current.weight.dtype == torch.float64
+    assert len(wise.memories.current.edits) == 2
