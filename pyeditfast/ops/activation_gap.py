@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pyeditfast import reference
-from pyeditfast.backends import Candidate, always, choose, triton_candidate
+from pyeditfast.backends import Candidate, always, choose, refusing, triton_candidate
+from pyeditfast.ops.compiled import as_matrix, compiled, compiled_for, cpp_candidate
 from pyeditfast.ops.memories import check_queries, taking
 from pyeditfast.reference.activation_gap import query_gap, token_gaps
 
 CANDIDATES = (
     triton_candidate("activation_gap"),
+    cpp_candidate("activation_gap"),
     Candidate("torch", always),
     Candidate("reference", always),
 )
@@ -44,7 +46,8 @@ def activation_gap(
     once. WISE (arXiv 2405.14768), section 2.3.1.
     """
     check_queries(x, main, sides, bias, activation, reduction, mask)
-    chosen = choose("activation_gap", taking(CANDIDATES, main, sides), x.device)
+    candidates = taking(_candidates(x, main, *sides), main, sides)
+    chosen = choose("activation_gap", candidates, x.device)
     if chosen == "triton":
         from pyeditfast_kernels.activation_gap import activation_gap as launch
 
@@ -75,13 +78,42 @@ def gaps_of_outputs(
     reduction: str,
     mask: Tensor | None,
 ) -> Tensor:
-    """Return the gaps ``[batch, memories]`` for outputs ``[batch, tokens, d_out]``."""
+    """Return the gaps ``[batch, memories]`` for outputs ``[batch, tokens, d_out]``.
+
+    The matrix products are behind this; the rest is C++ where that was built.
+    """
     work = torch.float64 if main_output.dtype == torch.float64 else torch.float32
-    centre = main_output.to(work)
-    gaps = [
-        query_gap(token_gaps(centre, output.to(work), activation), reduction, mask)
-        for output in side_outputs
-    ]
+    gaps = []
+    for output in side_outputs:
+        candidates = _candidates(main_output, output)
+        if choose("activation_gap", candidates, output.device) == "cpp":
+            each = _compiled_token_gaps(main_output, output, activation)
+        else:
+            each = token_gaps(main_output.to(work), output.to(work), activation)
+        gaps.append(query_gap(each, reduction, mask))
     if not gaps:
-        return centre.new_zeros(main_output.shape[0], 0)
+        return main_output.new_zeros(main_output.shape[0], 0, dtype=work)
     return torch.stack(gaps, -1)
+
+
+def _candidates(*tensors: Tensor) -> Sequence[Candidate]:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return refusing(CANDIDATES, "cpp", "the C++ form has no backward pass")
+    return compiled_for(CANDIDATES, *(tensor.dtype for tensor in tensors))
+
+
+def _compiled_token_gaps(
+    main_output: Tensor, side_output: Tensor, activation: str | None
+) -> Tensor:
+    gaps = torch.empty(main_output.shape[:-1], dtype=torch.float32)
+    main_rows, side_rows = main_output.flatten(0, -2), side_output.flatten(0, -2)
+    compiled().activation_gap(
+        main=as_matrix(main_rows),
+        side=as_matrix(side_rows),
+        tokens=main_rows.shape[0],
+        d_out=main_rows.shape[1],
+        activation=compiled().ACTIVATIONS[activation or "none"],
+        gaps=gaps.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return gaps

@@ -12,13 +12,16 @@ from pyeditfast import reference
 from pyeditfast.backends import Candidate, always, choose, fitting, triton_candidate
 from pyeditfast.errors import NonFiniteError, ShiftOverflowError, UnsupportedWeightError
 from pyeditfast.ops.checks import check_same_device
+from pyeditfast.ops.compiled import as_matrix, compiled, compiled_for, cpp_candidate
 from pyeditfast.ops.precision import exact_matmul, reduced_float32
 from pyeditfast.ops.random_mask import random_uniform
 from pyeditfast.reference.apply_shift import round_stochastically
+from pyeditfast.reference.random_mask import check_arguments
 from pyeditfast.reference.solve_shift import Shift
 
 CANDIDATES = (
     triton_candidate("apply_shift"),
+    cpp_candidate("apply_shift"),
     Candidate("torch", always),
     Candidate("reference", always),
 )
@@ -71,7 +74,10 @@ def apply_shift_(
             return _add_product_(weight, shift)
         for rows, offset in _chunks(weight):
             low = None if remainder is None else remainder[rows]
-            _add_rows_(weight[rows], _dense_rows(shift, rows), rounding, seed, offset, low)
+            add_rows_ = _compiled_add_rows_ if chosen == "cpp" else _add_rows_
+            add_rows_(weight[rows], _dense_rows(shift, rows), rounding, seed, offset, low)
+        if chosen == "cpp":
+            _tell_autograd(weight, remainder)
     return weight
 
 
@@ -128,7 +134,7 @@ def _check(
 
 
 def _candidates(weight: Tensor, shift: Shift) -> Sequence[Candidate]:
-    candidates = fitting(CANDIDATES, weight.dtype)
+    candidates = compiled_for(fitting(CANDIDATES, weight.dtype), weight.dtype)
     if shift.form == "dual":
         return candidates
     return [
@@ -160,9 +166,15 @@ def _launch(
             kept[0] if kept else None,
             first * elements,
         )
-    # As an in-place operation of torch would: whoever saved the weight for a backward pass notices.
-    torch.autograd.graph.increment_version([weight] if remainder is None else [weight, remainder])
+    _tell_autograd(weight, remainder)
     return weight
+
+
+def _tell_autograd(weight: Tensor, remainder: Tensor | None) -> None:
+    """As an in-place operation of torch would: whoever saved the weight for a backward pass
+    notices.
+    """
+    torch.autograd.graph.increment_version([weight] if remainder is None else [weight, remainder])
 
 
 def _repeats_elements(tensor: Tensor) -> bool:
@@ -228,6 +240,30 @@ def _add_product_(weight: Tensor, shift: Shift) -> Tensor:
         item = tuple(index) if isinstance(index, list) else (index,)
         weight[item].addmm_(left[item].mT, right[item])
     return weight
+
+
+def _compiled_add_rows_(
+    weight: Tensor,
+    shift: Tensor,
+    rounding: str,
+    seed: int | None,
+    offset: int,
+    remainder: Tensor | None,
+) -> None:
+    if seed is not None:
+        check_arguments(seed, tuple(weight.shape), offset)
+    shift = shift.float()
+    compiled().apply_shift(
+        weight=as_matrix(weight),
+        shift=as_matrix(shift),
+        remainder=None if remainder is None else as_matrix(remainder),
+        rows=weight.shape[0],
+        columns=weight.shape[1],
+        rounding=compiled().ROUNDINGS[rounding],
+        seed=seed or 0,
+        offset=offset,
+        threads=torch.get_num_threads(),
+    )
 
 
 def _add_rows_(

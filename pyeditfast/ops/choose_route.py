@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pyeditfast import reference
 from pyeditfast.ops.checks import check_same_device
+from pyeditfast.ops.memories import check_numbers
 
 
 def choose_route(gaps: Tensor, thresholds: Tensor) -> Tensor:
@@ -14,10 +15,13 @@ def choose_route(gaps: Tensor, thresholds: Tensor) -> Tensor:
 
     ``gaps`` ``[batch, memories]``, ``thresholds`` ``[memories]``, floating point; the route
     ``[batch]`` is int64. Of equal gaps the first counts; NaN is above no threshold. Nothing is
-    sent to the host. Raises ``ValueError`` for shapes or devices that do not fit.
+    sent to the host. Raises ``TypeError`` for what is not a floating-point tensor, ``ValueError``
+    for shapes or devices that do not fit.
 
     WISE (arXiv 2405.14768), WISE-Retrieve.
     """
+    check_numbers("gaps", gaps)
+    check_numbers("thresholds", thresholds)
     if gaps.ndim != 2 or thresholds.shape != gaps.shape[1:]:
         raise ValueError(
             f"gaps {tuple(gaps.shape)} and thresholds {tuple(thresholds.shape)}; "

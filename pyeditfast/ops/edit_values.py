@@ -7,10 +7,12 @@ from torch import Tensor
 
 from pyeditfast.backends import Candidate, always, choose, fitting, triton_candidate
 from pyeditfast.ops.checks import check_same_rows
+from pyeditfast.ops.compiled import as_matrix, compiled, compiled_for, cpp_candidate
 from pyeditfast.ops.running_moments import RunningMoments
 
 CANDIDATES = (
     triton_candidate("edit_values"),
+    cpp_candidate("edit_values"),
     Candidate("torch", always),
     Candidate("reference", always),
 )
@@ -35,6 +37,7 @@ def edit_values(keys: Tensor, grads: Tensor, moments: RunningMoments, lr: float)
             f"have {d_in} + {d_out} features; the moments have {moments.size}"
         )
     candidates = fitting(CANDIDATES, keys.dtype, grads.dtype)
+    candidates = compiled_for(candidates, keys.dtype, grads.dtype)
     chosen = choose("edit_values", candidates, keys.device)
     if chosen == "reference":
         rows = moments.normalize(torch.cat([keys.double(), grads.double()], -1))
@@ -47,6 +50,22 @@ def edit_values(keys: Tensor, grads: Tensor, moments: RunningMoments, lr: float)
         values = torch.empty(grads.shape, dtype=torch.float32, device=grads.device)
         flat_keys, flat_grads, out = (part.flatten(0, -2) for part in (keys, grads, values))
         launch_edit_values(flat_keys, flat_grads, mean, scale, lr, out)
+        return values
+    if chosen == "cpp":
+        values = torch.empty(grads.shape, dtype=torch.float32)
+        flat_keys, flat_grads, out = (part.flatten(0, -2) for part in (keys, grads, values))
+        compiled().edit_values(
+            values=as_matrix(out),
+            keys=as_matrix(flat_keys),
+            grads=as_matrix(flat_grads),
+            mean=mean.data_ptr(),
+            scale=scale.data_ptr(),
+            rows=flat_keys.shape[0],
+            d_in=d_in,
+            d_out=d_out,
+            lr=lr,
+            threads=torch.get_num_threads(),
+        )
         return values
     keys_hat = (keys.float() - mean[:d_in]).mul_(scale[:d_in])
     grads_hat = (grads.float() - mean[d_in:]).mul_(scale[d_in:])

@@ -24,8 +24,22 @@ def check_memories(main: Tensor, sides: Sequence[Tensor]) -> None:
         check_like(f"sides[{number}]", side, "main", main)
 
 
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Require a tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, not a torch.Tensor")
+
+
+def check_numbers(name: str, tensor: Tensor) -> None:
+    """Require a floating-point tensor."""
+    check_tensor(name, tensor)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} has dtype {tensor.dtype}; a floating-point dtype is needed")
+
+
 def check_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """Require the shape, dtype and device of another tensor."""
+    check_tensor(name, tensor)
     if tensor.shape != like.shape or tensor.dtype != like.dtype:
         raise ValueError(
             f"{name} is {tensor.dtype} {tuple(tensor.shape)}; "
@@ -53,17 +67,25 @@ def check_queries(
     if x.dtype != main.dtype:
         raise ValueError(f"x is {x.dtype} and main {main.dtype}")
     check_same_device("x", x.device, "main", main.device)
-    if bias is not None and (bias.shape != main.shape[:1] or bias.dtype != main.dtype):
-        raise ValueError(
-            f"bias is {bias.dtype} {tuple(bias.shape)}; {main.dtype} ({main.shape[0]},) is needed"
-        )
+    if bias is not None:
+        check_tensor("bias", bias)
+        if bias.shape != main.shape[:1] or bias.dtype != main.dtype:
+            raise ValueError(
+                f"bias is {bias.dtype} {tuple(bias.shape)}; "
+                f"{main.dtype} ({main.shape[0]},) is needed"
+            )
+        check_same_device("bias", bias.device, "main", main.device)
     check_activation("activation", activation)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; choose one of {', '.join(REDUCTIONS)}")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
-        raise ValueError(
-            f"mask is {mask.dtype} {tuple(mask.shape)}; torch.bool {tuple(x.shape[:2])} is needed"
-        )
+    if mask is not None:
+        check_tensor("mask", mask)
+        if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+            raise ValueError(
+                f"mask is {mask.dtype} {tuple(mask.shape)}; "
+                f"torch.bool {tuple(x.shape[:2])} is needed"
+            )
+        check_same_device("mask", mask.device, "x", x.device)
 
 
 def check_activation(name: str, activation: str | None) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyeditfast.backends import Candidate, always, choose
+from pyeditfast.backends import Candidate, always, choose, triton_candidate
 from pyeditfast.ops.compiled import compiled, cpp_candidate
 from pyeditfast.reference.random_mask import check_arguments
 from pyeditfast.reference.random_mask import random_mask as reference_mask
@@ -20,6 +20,7 @@ from pyeditfast.reference.random_mask import random_uniform as reference_uniform
 
 CANDIDATES = (
     cpp_candidate("random_mask"),
+    triton_candidate("random_mask"),
     Candidate("torch", always),
     Candidate("reference", always),
 )
@@ -40,7 +41,12 @@ def random_mask(
     """
     shape = check_arguments(seed, shape, ratio=ratio)
     device = _resolve(device)
-    if choose("random_mask", CANDIDATES, device) == "cpp":
+    chosen = choose("random_mask", CANDIDATES, device)
+    if chosen == "triton":
+        from pyeditfast_kernels.random_mask import random_mask as launch
+
+        return launch(seed, ratio, shape, device)
+    if chosen == "cpp":
         out = torch.empty(shape, dtype=torch.bool, device=device)
         compiled().random_mask(
             out=out.data_ptr(),
@@ -74,7 +80,12 @@ def random_uniform(
     """
     shape = check_arguments(seed, shape, offset)
     device = _resolve(device)
-    if choose("random_mask", CANDIDATES, device) == "cpp":
+    chosen = choose("random_mask", CANDIDATES, device)
+    if chosen == "triton":
+        from pyeditfast_kernels.random_mask import random_uniform as launch
+
+        return launch(seed, shape, offset, device)
+    if chosen == "cpp":
         out = torch.empty(shape, dtype=torch.float32, device=device)
         compiled().random_uniform(
             out=out.data_ptr(),

@@ -13,7 +13,14 @@ from pyeditfast.backends import Candidate, always, choose, triton_candidate
 from pyeditfast.ops.activation_gap import gaps_of_outputs
 from pyeditfast.ops.checks import check_same_device
 from pyeditfast.ops.choose_route import choose_route
-from pyeditfast.ops.memories import check_activation, check_like, check_queries, taking
+from pyeditfast.ops.memories import (
+    check_activation,
+    check_like,
+    check_numbers,
+    check_queries,
+    check_tensor,
+    taking,
+)
 from pyeditfast.reference.activation_gap import ACTIVATIONS
 from pyeditfast.reference.routed_linear import Routed
 
@@ -39,7 +46,7 @@ def routed_linear(
     mask: Tensor | None = None,
     route: Tensor | None = None,
     gate: Tensor | None = None,
-    gate_activation: str = "silu",
+    gate_activation: str | None = "silu",
 ) -> Routed:
     """Return ``Routed(output, route, gaps)``: every query's ``x W_rᵀ + b``, ``r`` its route.
 
@@ -47,9 +54,10 @@ def routed_linear(
     dtype and any strides; ``thresholds`` ``[memories]`` float32; ``bias`` ``[d_out]``. The route
     ``[batch]`` (int64, −1 for the main memory) is decided by ``choose_route`` from the
     ``activation_gap`` of each query, without the host, unless ``route`` gives it: then ``gaps`` is
-    None and only the memories in use are needed. With ``gate`` ``[batch, tokens, d_in]`` the input
-    is ``act(gate) · x``, as in a gated feed-forward block, and need not be written. Raises
-    ``TypeError`` or ``ValueError`` for arguments that do not fit.
+    None and only the memories in use are needed. A route to a memory that is not there raises on
+    the CPU; elsewhere its values are not looked at, and it means the main memory. With ``gate``
+    ``[batch, tokens, d_in]`` the input is ``act(gate) · x``, as in a gated feed-forward block, and
+    need not be written. Raises ``TypeError`` or ``ValueError`` for arguments that do not fit.
 
     Floor: ``2 (1 + memories) · batch · tokens · d_in · d_out`` FLOPs, ``2 · batch · tokens ·
     d_in · d_out`` with a route. WISE (arXiv 2405.14768), section 2.3.1.
@@ -72,19 +80,21 @@ def routed_linear(
             gate_activation,
         )
     if chosen == "reference":
-        return reference.routed_linear(
-            x,
-            main,
-            sides,
+        work = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = reference.routed_linear(
+            x.to(work),
+            main.to(work),
+            [side.to(work) for side in sides],
             thresholds,
-            bias=bias,
+            bias=None if bias is None else bias.to(work),
             activation=activation,
             reduction=reduction,
             mask=mask,
             route=route,
-            gate=gate,
+            gate=None if gate is None else gate.to(work),
             gate_activation=gate_activation,
         )
+        return wide._replace(output=wide.output.to(x.dtype))
     if gate is not None:
         x = ACTIVATIONS[gate_activation](gate) * x
     if route is not None:
@@ -101,20 +111,30 @@ def _check_routing(
     thresholds: Tensor,
     route: Tensor | None,
     gate: Tensor | None,
-    gate_activation: str,
+    gate_activation: str | None,
 ) -> None:
+    check_numbers("thresholds", thresholds)
     if thresholds.shape != (len(sides),):
         raise ValueError(
             f"thresholds has shape {tuple(thresholds.shape)}; there are {len(sides)} side memories"
         )
     check_same_device("thresholds", thresholds.device, "x", x.device)
     if route is not None:
+        check_tensor("route", route)
         if route.dtype != torch.int64 or route.shape != x.shape[:1]:
             raise ValueError(
                 f"route is {route.dtype} {tuple(route.shape)}; "
                 f"torch.int64 ({x.shape[0]},) is needed"
             )
         check_same_device("route", route.device, "x", x.device)
+        # Elsewhere the host would have to wait for the values.
+        if route.device.type == "cpu" and route.numel():
+            for number in (int(route.min()), int(route.max())):
+                if not reference.MAIN <= number < len(sides):
+                    raise ValueError(
+                        f"route holds {number}; there are {len(sides)} side memories, "
+                        f"and {reference.MAIN} is the main memory"
+                    )
     if gate is not None:
         check_like("gate", gate, "x", x)
         check_activation("gate_activation", gate_activation)
@@ -127,13 +147,19 @@ def _with_route(
         # Which memories are in use is known on the device alone.
         return _select((linear(x, memory, bias) for memory in (main, *sides)), route)
     in_use = route.unique().tolist()
+    if not in_use:
+        return linear(x, main, bias)
     if len(in_use) == 1:
         return linear(x, main if in_use[0] < 0 else sides[in_use[0]], bias)
-    output = x.new_empty(*x.shape[:-1], main.shape[0])
-    for number in in_use:
-        rows = (route == number).nonzero().squeeze(-1)
-        part = linear(x.index_select(0, rows), main if number < 0 else sides[number], bias)
-        output = output.index_copy(0, rows, part)
+    places = [(route == number).nonzero().squeeze(-1) for number in in_use]
+    parts = [
+        linear(x.index_select(0, rows), main if number < 0 else sides[number], bias)
+        for number, rows in zip(in_use, places, strict=True)
+    ]
+    # Under autocast a part is of another dtype than x.
+    output = parts[0].new_empty(*x.shape[:-1], main.shape[0])
+    for rows, part in zip(places, parts, strict=True):
+        output.index_copy_(0, rows, part)
     return output
 
 
@@ -155,7 +181,7 @@ def _launch(
     mask: Tensor | None,
     route: Tensor | None,
     gate: Tensor | None,
-    gate_activation: str,
+    gate_activation: str | None,
 ) -> Routed:
     if route is None:
         from pyeditfast_kernels.routed_linear import routed_linear as launch

@@ -107,5 +107,5 @@ def _merged(
     for weight, delta in zip(weights, deltas, strict=True):
         agrees = torch.where(positive, delta > 0, delta < 0)
         kept.add_(torch.where(agrees, weight * delta, 0.0))
-        share.add_(torch.where(agrees, weight, 0.0))
+        share.add_(weight * agrees.to(share.dtype))
     return kept.div_(share.masked_fill_(share == 0, 1.0)).add_(centre)

@@ -28,9 +28,16 @@ aten = torch.ops.aten
 
 Gradients = tuple[Any, ...]
 
+
+def _silu_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    # aten's own has no derivative.
+    slope = torch.sigmoid(x)
+    return grad * slope * (1.0 + x * (1.0 - slope))
+
+
 ACTIVATION_GRADIENTS: dict[str | None, Callable[[Tensor, Tensor], Tensor]] = {
     None: lambda grad, x: grad,
-    "silu": lambda grad, x: aten.silu_backward(grad, x),
+    "silu": _silu_gradient,
     "gelu": lambda grad, x: aten.gelu_backward(grad, x, approximate="none"),
     "gelu_tanh": lambda grad, x: aten.gelu_backward(grad, x, approximate="tanh"),
     "relu": lambda grad, x: grad.where(x > 0, 0.0),
@@ -42,7 +49,7 @@ def _named(activation: str) -> str | None:
     return None if activation == "none" else activation
 
 
-def _gap_dtype(x: Tensor) -> torch.dtype:
+def _work_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -86,13 +93,13 @@ def routed_linear(
         mask=mask,
         route=route,
         gate=gate,
-        gate_activation=_named(gate_activation),
+        gate_activation=gate_activation,
     )
     gaps = routed.gaps
     if gaps is None:
         gaps = x.new_empty((x.shape[0], 0))
     chosen = routed.route if route is None else route.clone()
-    return routed.output.contiguous(), chosen, gaps.to(_gap_dtype(x))
+    return routed.output.contiguous(), chosen, gaps.to(_work_dtype(x))
 
 
 @routed_linear.register_fake
@@ -114,7 +121,7 @@ def _(
     return (
         x.new_empty((batch, tokens, main.shape[0])),
         x.new_empty((batch,), dtype=torch.int64),
-        x.new_empty((batch, memories), dtype=_gap_dtype(x)),
+        x.new_empty((batch, memories), dtype=_work_dtype(x)),
     )
 
 
@@ -126,7 +133,7 @@ def _save_routed_linear(
     ctx.mark_non_differentiable(route, gaps)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, thresholds, route, gate, main, *sides)
-    ctx.gate_activation = _named(gate_activation)
+    ctx.gate_activation = gate_activation
 
 
 def _differentiate_routed_linear(ctx: Any, grad: Tensor | None, *constants: None) -> Gradients:
@@ -140,12 +147,13 @@ def _differentiate_routed_linear(ctx: Any, grad: Tensor | None, *constants: None
             transposed = [side.mT for side in sides]
             grad_inputs = routed_linear(
                 *(grad, main.mT, transposed, thresholds, None, "none", "mean", None, route),
-                *(None, "none"),
+                *(None, "silu"),
             )[0]
-            grad_x = grad_inputs
-            if gate is not None:
+            if gate is None:
+                grad_x = grad_inputs
+            else:
                 grad_x = grad_inputs * ACTIVATIONS[ctx.gate_activation](gate)
-                grad_gate = ACTIVATION_GRADIENTS[ctx.gate_activation](grad_inputs * x, gate)
+                grad_gate = _grad_of_gate(grad_inputs, x, gate, ctx.gate_activation)
         if needed[1]:
             grad_main = _grad_of_rows(grad, inputs, (route < 0) | (route >= len(sides)))
         for number, is_needed in enumerate(needed[2]):
@@ -155,6 +163,12 @@ def _differentiate_routed_linear(ctx: Any, grad: Tensor | None, *constants: None
             grad_bias = grad.sum((0, 1))
     nothing = (None,) * 4
     return grad_x, grad_main, grad_sides, None, grad_bias, *nothing, grad_gate, None
+
+
+def _grad_of_gate(grad: Tensor, x: Tensor, gate: Tensor, activation: str) -> Tensor:
+    work = _work_dtype(x)
+    of_activated = grad.to(work) * x.to(work)
+    return ACTIVATION_GRADIENTS[activation](of_activated, gate.to(work)).to(gate.dtype)
 
 
 def _grad_of_rows(grad: Tensor, inputs: Tensor, rows: Tensor) -> Tensor:
@@ -214,7 +228,7 @@ def _(
     reduction: str,
     mask: Tensor | None,
 ) -> Tensor:
-    return x.new_empty((x.shape[0], len(sides)), dtype=_gap_dtype(x))
+    return x.new_empty((x.shape[0], len(sides)), dtype=_work_dtype(x))
 
 
 def _save_activation_gap(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

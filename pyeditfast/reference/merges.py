@@ -29,7 +29,7 @@ def slerp(main: Tensor, sides: Sequence[Tensor], weights: Sequence[float]) -> Te
 
     ``main`` plays no part.
     """
-    merged, total = sides[0], weights[0]
+    merged, total = sides[0].clone(), weights[0]
     for side, weight in zip(sides[1:], weights[1:], strict=True):
         total += weight
         merged = interpolate(merged, side, weight / total)
@@ -113,5 +113,6 @@ def _of_elected_sign(deltas: Sequence[Tensor], weights: Sequence[float]) -> tupl
     for weight, delta in zip(weights, deltas, strict=True):
         agrees = torch.where(positive, delta > 0, delta < 0)
         kept += torch.where(agrees, weight * delta, 0.0)
-        share += torch.where(agrees, weight, 0.0)
+        # Not torch.where(agrees, weight, 0.0): of two numbers it is float32 beside float64 deltas.
+        share += weight * agrees.to(share.dtype)
     return kept, share

@@ -37,7 +37,7 @@ def routed_linear(
     mask: Tensor | None = None,
     route: Tensor | None = None,
     gate: Tensor | None = None,
-    gate_activation: str = "silu",
+    gate_activation: str | None = "silu",
 ) -> Routed:
     """Return ``x W_rᵀ + b`` with ``r`` chosen by ``choose_route`` for each query, or ``route``.
 

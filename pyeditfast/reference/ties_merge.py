@@ -40,5 +40,5 @@ def ties_merge(
     for weight, delta in zip(weights, deltas, strict=True):
         agrees = torch.where(positive, delta > 0, delta < 0)
         kept += torch.where(agrees, weight * delta, 0.0)
-        share += torch.where(agrees, weight, 0.0)
+        share += weight * agrees.to(share.dtype)
     return (centre + kept / torch.where(share == 0, 1.0, share)).to(main.dtype)
