@@ -26,7 +26,7 @@ from pyeditfast.editors.wise_past import PastEdits
 from pyeditfast.editors.wise_prompts import PromptBuilder, pad_token, sample_templates
 from pyeditfast.editors.wise_thresholds import Calibration, calibrate
 from pyeditfast.editors.wise_training import EditQueries, SideMemoryTraining
-from pyeditfast.errors import EditRejectedError
+from pyeditfast.errors import EditRejectedError, UnsupportedWeightError
 from pyeditfast.model.capture import frozen
 from pyeditfast.model.edit_modules import find_edit_modules
 from pyeditfast.model.memory import is_out_of_memory, peak_memory
@@ -74,6 +74,7 @@ class WiseEditor:
             logger.info("edit_module not given; editing %s", config.edit_module)
         assert config.edit_module is not None
         module = find_edit_modules(model, [config.edit_module])[0]
+        _require_feed_forward(config.edit_module)
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
@@ -358,6 +359,15 @@ class WiseEditor:
         self.templates = templates
         self.edits, self.records = edits, records
         self._publish()
+
+
+def _require_feed_forward(name: str) -> None:
+    parts = name.split(".")
+    attention = any(word in part for part in parts for word in ("attn", "attention"))
+    if attention or not any(part.isdecimal() for part in parts):
+        raise UnsupportedWeightError(
+            f"{name} is not in the feed-forward part of a block; WISE edits one of its projections"
+        )
 
 
 def _activation(model: PreTrainedModel, wanted: str | None) -> str | None:

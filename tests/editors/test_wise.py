@@ -167,9 +167,10 @@ def test_refuses_modules_that_cannot_be_edited(name, error):
         editor(edit_module=name)
 
 
-def test_a_module_outside_the_blocks_is_refused_at_the_first_edit():
-    with pytest.raises(UnsupportedWeightError, match="not inside one of the model's blocks"):
-        editor(edit_module="lm_head").edit(EDITS[:1])
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.o_proj", "lm_head"])
+def test_refuses_modules_outside_the_feed_forward_parts(name):
+    with pytest.raises(UnsupportedWeightError, match="is not in the feed-forward part of a block"):
+        editor(edit_module=name)
 
 
 def test_detach_puts_the_module_back():
