@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: run test bench format lint clean help
+.PHONY: run test bench gpu tune format lint clean help
 .DELETE_ON_ERROR:
 
 run: $(STAMP) ## set up, then edit 100 facts into a small model and report (build/demo)
@@ -30,6 +30,13 @@ bench: $(STAMP) ## run the benchmarks, record them in bench/results, draw docs/b
 	@$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/benchmark.json --timeout=3600
 	@$(BIN)/python bench/record.py build/benchmark.json
 	@$(BIN)/python bench/draw.py
+
+# Neither sets anything up: a machine with a GPU has its own torch, and may be unable to install.
+gpu: ## check and time everything on this machine's GPU (SIZE=small: about a minute)
+	@$(PYTHON) -m bench.gpu --venv $(VENV) --size $(or $(SIZE),full)
+
+tune: ## search the kernels' configurations for this machine's GPU (kernels/tuned_configs)
+	@$(PYTHON) -m bench.gpu.tune --venv $(VENV)
 
 format: $(STAMP) ## format the code and sort its imports
 	@$(BIN)/ruff format .

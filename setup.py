@@ -170,7 +170,10 @@ setup(
         "pyeditfast_kernels": "kernels",
         "pyeditfast_published": "bench/published",
     },
-    package_data={"pyeditfast": ["py.typed", "data/*.json", "demo/*.json"]},
+    package_data={
+        "pyeditfast": ["py.typed", "data/*.json", "demo/*.json"],
+        "pyeditfast_kernels": ["tuned_configs/*.json"],
+    },
     ext_modules=[Extension("pyeditfast._csrc", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

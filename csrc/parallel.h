@@ -3,50 +3,50 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
-#include "status.h"
-
 namespace pyeditfast {
 
-// Calls body(begin, end) for disjoint ranges that cover [0, count), on at most `threads` threads,
-// the caller's among them. Ranges start at multiples of `grain`, and no thread gets less than one
-// grain: starting a thread costs more than a small range. The body must not throw.
-template <typename Body>
-inline int parallel_ranges(std::int64_t count, int threads, std::int64_t grain, const Body& body,
-                           char* message, std::size_t message_size) {
-    const std::int64_t grains = (count + grain - 1) / grain;
-    const std::int64_t workers = std::min<std::int64_t>(threads, grains);
-    if (workers <= 1) {
-        if (count > 0) body(std::int64_t{0}, count);
-        return kOk;
-    }
+// How many threads `parallel_ranges` uses: no thread gets less than one grain.
+inline int worker_count(std::int64_t count, int threads, std::int64_t grain) {
+    const std::int64_t grains = count / grain + (count % grain != 0);
+    return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, grains)));
+}
 
+// Calls body(worker, begin, end) once for each worker in [0, worker_count), for disjoint ranges
+// that cover [0, count), each on a thread of its own, the caller's among them. Ranges start at
+// multiples of `grain`: starting a thread costs more than a small range. A machine that refuses a
+// thread makes this slower, not wrong: the caller does what is left. The body must not throw.
+template <typename Body>
+inline void parallel_ranges(std::int64_t count, int threads, std::int64_t grain,
+                            const Body& body) {
+    if (count <= 0) return;
+    const int workers = worker_count(count, threads, grain);
+    const std::int64_t grains = count / grain + (count % grain != 0);
     const std::int64_t share = grains / workers;
     const std::int64_t remainder = grains % workers;
     const auto begin_of = [=](std::int64_t worker) {
-        return std::min(count, (worker * share + std::min(worker, remainder)) * grain);
+        const std::int64_t first = worker * share + std::min(worker, remainder);
+        return first >= grains ? count : first * grain;
     };
 
-    int status = kOk;
     std::vector<std::thread> started;
+    int next = 1;
     try {
         started.reserve(static_cast<std::size_t>(workers - 1));
-        for (std::int64_t worker = 1; worker < workers; ++worker) {
-            const std::int64_t begin = begin_of(worker);
-            const std::int64_t end = begin_of(worker + 1);
-            started.emplace_back([&body, begin, end] { body(begin, end); });
+        for (; next < workers; ++next) {
+            const std::int64_t begin = begin_of(next);
+            const std::int64_t end = begin_of(next + 1);
+            started.emplace_back([&body, worker = next, begin, end] { body(worker, begin, end); });
         }
-        body(std::int64_t{0}, begin_of(1));
-    } catch (const std::exception& error) {
-        status = fail(kSystemError, message, message_size, "could not start thread %lld of %lld: %s",
-                      static_cast<long long>(started.size()) + 2, static_cast<long long>(workers),
-                      error.what());
+    } catch (const std::exception&) {
+        // No thread or no memory for one.
     }
+    body(0, std::int64_t{0}, begin_of(1));
+    for (; next < workers; ++next) body(next, begin_of(next), begin_of(next + 1));
     for (std::thread& thread : started) thread.join();
-    return status;
 }
 
 }  // namespace pyeditfast

@@ -1,85 +1,75 @@
 #include "random_mask.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
 #include "parallel.h"
 #include "philox.h"
+#include "philox_words.h"
 #include "status.h"
-
-// One build runs on every x86-64 machine and takes its widest vectors: the loader picks the clone.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && \
-    (!defined(__clang__) || __clang_major__ >= 14)
-#define PYEDITFAST_VECTOR_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define PYEDITFAST_VECTOR_CLONES
-#endif
+#include "vector_clones.h"
 
 namespace {
 
-// 64K elements take about as long as starting two threads.
+using pyeditfast::fail;
+using pyeditfast::kInvalidArgument;
+using pyeditfast::Message;
+
+// 64K elements take about as long as starting a thread.
 constexpr std::int64_t kGrain = std::int64_t{1} << 16;
 
-// A run of consecutive elements whose index has the same upper 32 bits.
-struct Run {
-    std::uint32_t low;
-    std::uint32_t high;
-    std::uint32_t k0;
-    std::uint32_t k1;
-};
+// Words that stay in the first-level cache.
+constexpr std::int64_t kWords = 2048;
 
 PYEDITFAST_VECTOR_CLONES
-void fill_uniform(float* __restrict out, std::uint32_t count, Run run) {
-    for (std::uint32_t i = 0; i < count; ++i) {
-        out[i] = pyeditfast::philox_uniform(run.low + i, run.high, run.k0, run.k1);
-    }
+void uniform_from_words(float* __restrict out, const std::uint32_t* __restrict words,
+                        std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) out[i] = pyeditfast::uniform_float(words[i]);
 }
 
 PYEDITFAST_VECTOR_CLONES
-void fill_mask(std::uint8_t* __restrict out, std::uint32_t count, Run run, float ratio) {
-    for (std::uint32_t i = 0; i < count; ++i) {
-        out[i] = pyeditfast::philox_uniform(run.low + i, run.high, run.k0, run.k1) < ratio ? 1 : 0;
+void mask_from_words(std::uint8_t* __restrict out, const std::uint32_t* __restrict words,
+                     std::int64_t count, float ratio) {
+    for (std::int64_t i = 0; i < count; ++i) {
+        out[i] = pyeditfast::uniform_float(words[i]) < ratio ? 1 : 0;
     }
 }
 
-// Calls fill(destination, count, run) for the runs of elements [begin, end).
+// Calls fill(destination, words, count) for the words of all elements, a few at a time.
 template <typename Value, typename Fill>
-void for_each_run(Value* out, std::int64_t begin, std::int64_t end, std::uint64_t seed,
-                  std::int64_t offset, const Fill& fill) {
-    constexpr std::uint64_t kLongestRun = std::uint64_t{1} << 31;
-    constexpr std::uint64_t kSpan = std::uint64_t{1} << 32;
-    while (begin < end) {
-        const std::uint64_t index = static_cast<std::uint64_t>(offset) + begin;
-        const std::uint64_t until_carry = kSpan - (index & (kSpan - 1));
-        const std::uint64_t left = static_cast<std::uint64_t>(end - begin);
-        const std::uint64_t count = std::min(std::min(left, until_carry), kLongestRun);
-        const Run run = {static_cast<std::uint32_t>(index), static_cast<std::uint32_t>(index >> 32),
-                         static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)};
-        fill(out + begin, static_cast<std::uint32_t>(count), run);
-        begin += static_cast<std::int64_t>(count);
-    }
+void fill_from_words(Value* out, std::int64_t numel, std::uint64_t seed, std::int64_t offset,
+                     int threads, const Fill& fill) {
+    pyeditfast::parallel_ranges(
+        numel, threads, kGrain, [=](int, std::int64_t begin, std::int64_t end) {
+            std::uint32_t words[kWords];
+            for (std::int64_t first = begin; first < end; first += kWords) {
+                const std::int64_t count = std::min(kWords, end - first);
+                pyeditfast::philox_words(words, count, static_cast<std::uint64_t>(offset + first),
+                                         1, seed);
+                fill(out + first, words, count);
+            }
+        });
 }
 
-int check(const void* out, std::int64_t numel, std::int64_t offset, int threads, char* message,
-          std::size_t message_size) {
-    using pyeditfast::fail;
-    using pyeditfast::kInvalidArgument;
+int check(const void* out, std::int64_t numel, std::int64_t offset, int threads,
+          Message message) {
     if (numel < 0) {
-        return fail(kInvalidArgument, message, message_size, "numel must be >= 0, got %lld",
+        return fail(kInvalidArgument, message, "numel must be >= 0, got %lld",
                     static_cast<long long>(numel));
     }
     if (out == nullptr && numel > 0) {
-        return fail(kInvalidArgument, message, message_size,
-                    "out is a null pointer, but numel is %lld", static_cast<long long>(numel));
+        return fail(kInvalidArgument, message, "out is a null pointer, but numel is %lld",
+                    static_cast<long long>(numel));
     }
     if (offset < 0 || offset > std::numeric_limits<std::int64_t>::max() - numel) {
-        return fail(kInvalidArgument, message, message_size,
-                    "offset must be >= 0 and offset + numel below 2^63, got offset %lld, numel %lld",
+        return fail(kInvalidArgument, message,
+                    "offset must be >= 0 and offset + numel below 2^63, "
+                    "got offset %lld, numel %lld",
                     static_cast<long long>(offset), static_cast<long long>(numel));
     }
     if (threads < 1) {
-        return fail(kInvalidArgument, message, message_size, "threads must be >= 1, got %d",
-                    threads);
+        return fail(kInvalidArgument, message, "threads must be >= 1, got %d", threads);
     }
     return pyeditfast::kOk;
 }
@@ -89,28 +79,25 @@ int check(const void* out, std::int64_t numel, std::int64_t offset, int threads,
 extern "C" int pyeditfast_random_uniform(float* out, std::int64_t numel, std::uint64_t seed,
                                          std::int64_t offset, int threads, char* message,
                                          std::size_t message_size) {
-    const int status = check(out, numel, offset, threads, message, message_size);
+    const int status = check(out, numel, offset, threads, {message, message_size});
     if (status != pyeditfast::kOk) return status;
-    const auto fill_range = [=](std::int64_t begin, std::int64_t end) {
-        for_each_run(out, begin, end, seed, offset, fill_uniform);
-    };
-    return pyeditfast::parallel_ranges(numel, threads, kGrain, fill_range, message, message_size);
+    fill_from_words(out, numel, seed, offset, threads, uniform_from_words);
+    return pyeditfast::kOk;
 }
 
 extern "C" int pyeditfast_random_mask(std::uint8_t* out, std::int64_t numel, std::uint64_t seed,
                                       float ratio, std::int64_t offset, int threads, char* message,
                                       std::size_t message_size) {
-    const int status = check(out, numel, offset, threads, message, message_size);
+    const int status = check(out, numel, offset, threads, {message, message_size});
     if (status != pyeditfast::kOk) return status;
     if (!(ratio >= 0.0f && ratio <= 1.0f)) {
-        return pyeditfast::fail(pyeditfast::kInvalidArgument, message, message_size,
-                                "ratio must be in [0, 1], got %g", static_cast<double>(ratio));
+        return fail(kInvalidArgument, {message, message_size}, "ratio must be in [0, 1], got %g",
+                    static_cast<double>(ratio));
     }
-    const auto fill_range = [=](std::int64_t begin, std::int64_t end) {
-        for_each_run(out, begin, end, seed, offset,
-                     [ratio](std::uint8_t* destination, std::uint32_t count, Run run) {
-                         fill_mask(destination, count, run, ratio);
-                     });
-    };
-    return pyeditfast::parallel_ranges(numel, threads, kGrain, fill_range, message, message_size);
+    fill_from_words(out, numel, seed, offset, threads,
+                    [ratio](std::uint8_t* destination, const std::uint32_t* words,
+                            std::int64_t count) {
+                        mask_from_words(destination, words, count, ratio);
+                    });
+    return pyeditfast::kOk;
 }

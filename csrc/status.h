@@ -12,12 +12,17 @@ enum Status : int {
     kSystemError = 2,
 };
 
+// Where a function writes what went wrong.
+struct Message {
+    char* text;
+    std::size_t size;
+};
+
 // Writes a message into the caller's buffer, cut to its size, and hands the status back.
 template <typename... Arguments>
-inline int fail(Status status, char* message, std::size_t message_size, const char* format,
-                Arguments... arguments) {
-    if (message != nullptr && message_size > 0) {
-        std::snprintf(message, message_size, format, arguments...);
+inline int fail(Status status, Message message, const char* format, Arguments... arguments) {
+    if (message.text != nullptr && message.size > 0) {
+        std::snprintf(message.text, message.size, format, arguments...);
     }
     return status;
 }

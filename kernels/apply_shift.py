@@ -22,6 +22,7 @@ from pyeditfast_kernels.launch import Config, Example, interprets, launch
 from pyeditfast_kernels.modules import aligned
 from pyeditfast_kernels.tile_order import grouped_tile
 from pyeditfast_kernels.tile_product import quarters, tile_product, to_bfloat16, widened
+from pyeditfast_kernels.tuned import Tunable, describe_dtype, tuned_config
 
 SQUARE = Config(
     "128 × 128",
@@ -46,11 +47,48 @@ FINE = Config(
 )
 
 
-def choose_config(right: torch.dtype, is_aligned: bool) -> Config:
-    """Return the configuration for keys of dtype ``right``."""
+SQUARE_AHEAD = Config(
+    "128 × 128, 4 stages",
+    {"BLOCK_OUT": 128, "BLOCK_IN": 128, "BLOCK_K": 32},
+    num_warps=8,
+    num_stages=4,
+    why="for `make tune`: one more block's loads are under way",
+)
+WIDE = Config(
+    "64 × 128, 4 warps",
+    {"BLOCK_OUT": 64, "BLOCK_IN": 128, "BLOCK_K": 32},
+    num_warps=4,
+    num_stages=4,
+    why="for `make tune`: long rows of the weight, and three programs a multiprocessor",
+)
+NARROW_AHEAD = Config(
+    "128 × 64, 4 warps",
+    {"BLOCK_OUT": 128, "BLOCK_IN": 64, "BLOCK_K": 32},
+    num_warps=4,
+    num_stages=4,
+    why="for `make tune`: a thread holds twice the accumulator, and there are more programs",
+)
+
+CANDIDATES = {
+    "bfloat16 weight, bfloat16 keys, nearest": (SQUARE, SQUARE_AHEAD, WIDE),
+    "bfloat16 weight, float32 keys, nearest": (NARROW, NARROW_AHEAD, WIDE),
+}
+"""By class of shapes, what ``make tune`` chooses from; the first is the default."""
+
+
+def choose_config(
+    right: torch.dtype,
+    is_aligned: bool,
+    weight: torch.dtype = torch.bfloat16,
+    rounding: str = "nearest",
+    device: torch.device | None = None,
+) -> Config:
+    """Return the configuration for keys of dtype ``right``: that tuned for ``device``, if any."""
     if not is_aligned:
         return FINE
-    return SQUARE if right == torch.bfloat16 else NARROW
+    shape_class = f"{describe_dtype(weight)} weight, {describe_dtype(right)} keys, {rounding}"
+    default = SQUARE if right == torch.bfloat16 else NARROW
+    return tuned_config("apply_shift", shape_class, CANDIDATES, device) or default
 
 
 @triton.jit
@@ -254,12 +292,12 @@ def apply_shift_(
 
     ``left`` ``[modules, n, d_out]`` float32, ``right`` ``[modules, n, d_in]`` float32 or bfloat16,
     ``remainder`` like ``weight``. Stochastic rounding takes the random number ``index + i`` of
-    ``seed`` for element ``i`` of the weight, counted row by row. ``config`` is that of
-    ``choose_config`` unless given.
+    ``seed`` for element ``i``, row by row. ``config`` is that of ``choose_config`` unless given.
     """
     modules, d_out, d_in = weight.shape
-    tensors = [weight, left, right] + ([] if remainder is None else [remainder])
-    config = config or choose_config(right.dtype, aligned(*tensors))
+    if config is None:
+        fits = aligned(weight, left, right, *([] if remainder is None else [remainder]))
+        config = choose_config(right.dtype, fits, weight.dtype, rounding, weight.device)
     row_tiles = triton.cdiv(d_out, config.sizes["BLOCK_OUT"])
     column_tiles = triton.cdiv(d_in, config.sizes["BLOCK_IN"])
     kept = (0, 0, 0) if remainder is None else remainder.stride()
@@ -333,3 +371,30 @@ def examples() -> list[Example]:
         *(example(*case, 4096, 14336, "Conv1D") for case in cases if case[0] == "bf16"),
         *(example(*case, 4095, 14335) for case in cases if case[0] != "fp16"),
     ]
+
+
+def tunable() -> list[Tunable]:
+    """Return what ``make tune`` chooses between."""
+
+    def choice(right: torch.dtype) -> Tunable:
+        shape_class = f"bfloat16 weight, {describe_dtype(right)} keys, nearest"
+
+        def inputs(device: torch.device, tiny: bool) -> tuple[Tensor, ...]:
+            modules, n, d_out, d_in = (1, 20, 80, 144) if tiny else (2, 397, 4096, 14336)
+            return (
+                (0.02 * torch.randn(modules, d_out, d_in, device=device)).bfloat16(),
+                1e-4 * torch.randn(modules, n, d_out, device=device),
+                torch.randn(modules, n, d_in, device=device).to(right),
+            )
+
+        return Tunable(
+            "apply_shift",
+            shape_class,
+            CANDIDATES[shape_class],
+            inputs,
+            call=lambda inputs, config: apply_shift_(*inputs, "nearest", config=config),
+            exact=lambda inputs: inputs[0].double() + inputs[1].double().mT @ inputs[2].double(),
+            writes=0,
+        )
+
+    return [choice(torch.bfloat16), choice(torch.float32)]

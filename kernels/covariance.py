@@ -21,6 +21,7 @@ from pyeditfast_kernels.modules import aligned
 from pyeditfast_kernels.symmetric_tile import mirror_diagonal, store_symmetric
 from pyeditfast_kernels.tile_order import triangle_programs, triangle_tile
 from pyeditfast_kernels.tile_product import tile_product
+from pyeditfast_kernels.tuned import Tunable, describe_dtype, tuned_config
 
 SMALL = Config(
     "64 × 64",
@@ -44,14 +45,50 @@ FINE = Config(
     why="float32, whose parts fill the registers, and rows that are not aligned to 16 bytes",
 )
 
+DEEP = Config(
+    "64 × 64, 128 deep",
+    {"BLOCK_D": 64, "BLOCK_K": 128},
+    num_warps=4,
+    num_stages=3,
+    why="for `make tune`: half the steps of 64 × 64, two programs a multiprocessor",
+)
+SHALLOW = Config(
+    "128 × 128, 32 deep",
+    {"BLOCK_D": 128, "BLOCK_K": 32},
+    num_warps=8,
+    num_stages=4,
+    why="for `make tune`: three blocks' loads are under way instead of two",
+)
+FINE_WIDE = Config(
+    "64 × 64, 32 deep, 8 warps",
+    {"BLOCK_D": 64, "BLOCK_K": 32},
+    num_warps=8,
+    num_stages=4,
+    why="for `make tune`: twice the warps hide more of the splitting of float32",
+)
+
 SMALL_UP_TO = 1024
 
+CANDIDATES = {
+    "bfloat16, few features": (SMALL, DEEP),
+    "bfloat16, many features": (LARGE, SHALLOW, SMALL),
+    "float32, many features": (FINE, FINE_WIDE),
+}
+"""By class of shapes, what ``make tune`` chooses from; the first is the default."""
 
-def choose_config(d: int, dtype: torch.dtype, is_aligned: bool) -> Config:
-    """Return the configuration for ``d`` features of ``dtype``."""
-    if dtype == torch.float32 or not is_aligned:
+
+def choose_config(
+    d: int, dtype: torch.dtype, is_aligned: bool, device: torch.device | None = None
+) -> Config:
+    """Return the configuration for ``d`` features: that tuned for ``device``, if any."""
+    if not is_aligned:
         return FINE
-    return SMALL if d <= SMALL_UP_TO else LARGE
+    few = d <= SMALL_UP_TO
+    shape_class = f"{describe_dtype(dtype)}, {'few' if few else 'many'} features"
+    tuned = tuned_config("covariance", shape_class, CANDIDATES, device)
+    if tuned or dtype == torch.float32:
+        return tuned or FINE
+    return SMALL if few else LARGE
 
 
 @triton.jit(do_not_specialize=["n", "tiles", "programs"])
@@ -120,7 +157,7 @@ def covariance(keys: Tensor, out: Tensor, config: Config | None = None) -> Tenso
     ``config`` is that of ``choose_config`` unless given.
     """
     modules, n, d = keys.shape
-    config = config or choose_config(d, keys.dtype, aligned(keys, out))
+    config = config or choose_config(d, keys.dtype, aligned(keys, out), keys.device)
     tiles = triton.cdiv(d, config.sizes["BLOCK_D"])
     programs = triangle_programs(tiles)
     launch(
@@ -160,3 +197,29 @@ def examples() -> list[Example]:
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     shapes = [(1, 4001, 1024), (2, 4001, 4096), (2, 4001, 4095)]
     return [example(*shape, name) for shape in shapes for name in dtypes]
+
+
+def tunable() -> list[Tunable]:
+    """Return what ``make tune`` chooses between."""
+
+    def choice(shape_class: str, d: int, dtype: torch.dtype) -> Tunable:
+        def inputs(device: torch.device, tiny: bool) -> tuple[Tensor, ...]:
+            modules, n, width = (1, 20, 80) if tiny else (2, 2001, d)
+            keys = torch.randn(modules, n, width, device=device).to(dtype)
+            return keys, torch.zeros(modules, width, width, device=device)
+
+        return Tunable(
+            "covariance",
+            shape_class,
+            CANDIDATES[shape_class],
+            inputs,
+            call=lambda inputs, config: covariance(*inputs, config),
+            exact=lambda inputs: inputs[1].double() + inputs[0].double().mT @ inputs[0].double(),
+            writes=1,
+        )
+
+    return [
+        choice("bfloat16, few features", 1024, torch.bfloat16),
+        choice("bfloat16, many features", 4096, torch.bfloat16),
+        choice("float32, many features", 4096, torch.float32),
+    ]

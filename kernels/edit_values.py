@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyeditfast_kernels.launch import Config, Example, launch
+from pyeditfast_kernels.tuned import Tunable, describe_dtype, tuned_config
 
 ONE_ROW = Config(
     "one row",
@@ -32,7 +33,34 @@ FOUR_ROWS = Config(
     why="mean and scale, 8 bytes a feature, are read once for four rows of 2 or 4 bytes",
 )
 
+ONE_ROW_NARROW = Config(
+    "one row, 4 warps",
+    {"BLOCK_N": 1, "BLOCK_D": 2048},
+    num_warps=4,
+    num_stages=1,
+    why="for `make tune`: smaller programs, twice as many a multiprocessor",
+)
+
+TWO_ROWS = Config(
+    "two rows",
+    {"BLOCK_N": 2, "BLOCK_D": 2048},
+    num_warps=8,
+    num_stages=1,
+    why="for `make tune`: longer pieces of a row, mean and scale read twice as often",
+)
+
 FOUR_ROWS_FROM = 2048
+
+CANDIDATES = {
+    "bfloat16, few rows": (ONE_ROW, ONE_ROW_NARROW),
+    "bfloat16, many rows": (FOUR_ROWS, TWO_ROWS),
+}
+"""By class of shapes, what ``make tune`` chooses from; the first is the default."""
+
+
+def shape_class(n: int, dtype: torch.dtype) -> str:
+    """Return the class of ``n`` rows of keys of ``dtype``."""
+    return f"{describe_dtype(dtype)}, {'many' if n >= FOUR_ROWS_FROM else 'few'} rows"
 
 
 def choose_config(n: int) -> Config:
@@ -88,15 +116,24 @@ def edit_values_kernel(
 
 
 def edit_values(
-    keys: Tensor, grads: Tensor, mean: Tensor, scale: Tensor, lr: float, values: Tensor
+    keys: Tensor,
+    grads: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    lr: float,
+    values: Tensor,
+    config: Config | None = None,
 ) -> Tensor:
     """Write the values of ``keys`` ``[n, d_in]`` and ``grads`` ``[n, d_out]`` and return them.
 
     ``mean`` and ``scale`` are ``[d_in + d_out]``, ``values`` is ``[n, d_out]``; the three are
-    float32 and contiguous.
+    float32 and contiguous. ``config`` is the one tuned for the device, or else that of
+    ``choose_config``, unless given.
     """
     n, d_in, d_out = keys.shape[0], keys.shape[1], grads.shape[1]
-    config = choose_config(n)
+    if config is None:
+        tuned = tuned_config("edit_values", shape_class(n, keys.dtype), CANDIDATES, keys.device)
+        config = tuned or choose_config(n)
     launch(
         edit_values_kernel,
         (triton.cdiv(n, config.sizes["BLOCK_N"]),),
@@ -142,3 +179,34 @@ def examples() -> list[Example]:
         example("bf16, 401 rows of 14335 + 4097", 401, bf16, 14335, 4097),
         example("bf16, 1 row of 1 + 1", 1, bf16, 1, 1),
     ]
+
+
+def tunable() -> list[Tunable]:
+    """Return what ``make tune`` chooses between."""
+
+    def choice(n: int, dtype: torch.dtype) -> Tunable:
+        name = shape_class(n, dtype)
+
+        def inputs(device: torch.device, tiny: bool) -> tuple[Tensor, ...]:
+            rows, d_in, d_out = (9, 144, 96) if tiny else (n, 14336, 4096)
+            return (
+                torch.randn(rows, d_in, device=device).to(dtype),
+                torch.randn(rows, d_out, device=device).to(dtype),
+                torch.randn(d_in + d_out, device=device),
+                torch.rand(d_in + d_out, device=device),
+            )
+
+        def call(inputs: tuple[Tensor, ...], config: Config) -> Tensor:
+            grads = inputs[1]
+            values = torch.empty(grads.shape, dtype=torch.float32, device=grads.device)
+            return edit_values(*inputs, 1e-6, values, config)
+
+        def exact(inputs: tuple[Tensor, ...]) -> Tensor:
+            keys, grads, mean, scale = (tensor.double() for tensor in inputs)
+            d_in = keys.shape[1]
+            weight = ((keys - mean[:d_in]) * scale[:d_in]).square().sum(-1, keepdim=True)
+            return -1e-6 * weight * (grads - mean[d_in:]) * scale[d_in:]
+
+        return Tunable("edit_values", name, CANDIDATES[name], inputs, call, exact)
+
+    return [choice(n, torch.bfloat16) for n in (400, 4096)]

@@ -22,6 +22,7 @@ from pyeditfast_kernels.modules import aligned
 from pyeditfast_kernels.symmetric_tile import mirror_diagonal, store_symmetric
 from pyeditfast_kernels.tile_order import triangle_programs, triangle_tile, triangle_tiles
 from pyeditfast_kernels.tile_product import tile_product
+from pyeditfast_kernels.tuned import Tunable, describe_dtype, tuned_config
 
 SMALL = Config(
     "64 × 64",
@@ -43,6 +44,27 @@ FINE = Config(
     num_warps=4,
     num_stages=3,
     why="float32, whose parts fill the registers, and rows that are not aligned to 16 bytes",
+)
+DEEP = Config(
+    "64 × 64, 128 deep",
+    {"BLOCK_N": 64, "BLOCK_K": 128},
+    num_warps=4,
+    num_stages=3,
+    why="for `make tune`: half the steps of 64 × 64, two programs a multiprocessor",
+)
+SHALLOW = Config(
+    "128 × 128, 32 deep",
+    {"BLOCK_N": 128, "BLOCK_K": 32},
+    num_warps=8,
+    num_stages=4,
+    why="for `make tune`: three blocks' loads are under way instead of two",
+)
+FINE_WIDE = Config(
+    "64 × 64, 32 deep, 8 warps",
+    {"BLOCK_N": 64, "BLOCK_K": 32},
+    num_warps=8,
+    num_stages=4,
+    why="for `make tune`: twice the warps hide more of the splitting of float32",
 )
 REDUCE = Config(
     "strips of 16 rows",
@@ -66,11 +88,27 @@ FEWEST_COLUMNS = 512
 MOST_SPLITS = 32
 
 
-def choose_config(n: int, dtype: torch.dtype, is_aligned: bool) -> Config:
-    """Return the configuration for ``n`` rows of ``dtype``."""
-    if dtype == torch.float32 or not is_aligned:
+CANDIDATES = {
+    "bfloat16, few rows": (SMALL, DEEP, LARGE),
+    "bfloat16, many rows": (LARGE, SHALLOW, SMALL),
+    "float32, few rows": (FINE, FINE_WIDE),
+    "float32, many rows": (FINE, FINE_WIDE),
+}
+"""By class of shapes, what ``make tune`` chooses from; the first is the default."""
+
+
+def choose_config(
+    n: int, dtype: torch.dtype, is_aligned: bool, device: torch.device | None = None
+) -> Config:
+    """Return the configuration for ``n`` rows: that tuned for ``device``, if any."""
+    if not is_aligned:
         return FINE
-    return SMALL if n <= SMALL_UP_TO else LARGE
+    few = n <= SMALL_UP_TO
+    shape_class = f"{describe_dtype(dtype)}, {'few' if few else 'many'} rows"
+    tuned = tuned_config("gram", shape_class, CANDIDATES, device)
+    if tuned or dtype == torch.float32:
+        return tuned or FINE
+    return SMALL if few else LARGE
 
 
 def choose_splits(tiles: int, d: int, block: int) -> int:
@@ -192,7 +230,7 @@ def gram(
     """
     modules, n, d = keys.shape
     out = torch.empty((modules, n, n), dtype=torch.float32, device=keys.device)
-    config = config or choose_config(n, keys.dtype, aligned(keys))
+    config = config or choose_config(n, keys.dtype, aligned(keys), keys.device)
     block, depth = config.sizes["BLOCK_N"], config.sizes["BLOCK_K"]
     tiles = triton.cdiv(n, block)
     programs = triangle_programs(tiles)
@@ -265,4 +303,31 @@ def examples() -> list[Example]:
         for shape in shapes
         for name in dtypes
         if name != "fp16" or shape[1] in (397, 4096)
+    ]
+
+
+def tunable() -> list[Tunable]:
+    """Return what ``make tune`` chooses between."""
+
+    def choice(shape_class: str, n: int, dtype: torch.dtype) -> Tunable:
+        def inputs(device: torch.device, tiny: bool) -> tuple[Tensor, ...]:
+            shape = (1, 80, 144) if tiny else (2, n, 14336)
+            return (torch.randn(shape, device=device).to(dtype),)
+
+        return Tunable(
+            "gram",
+            shape_class,
+            CANDIDATES[shape_class],
+            inputs,
+            call=lambda inputs, config: gram(inputs[0], 1.0, config),
+            exact=lambda inputs: (
+                inputs[0].double() @ inputs[0].double().mT
+                + torch.eye(inputs[0].shape[1], dtype=torch.float64, device=inputs[0].device)
+            ),
+        )
+
+    return [
+        choice(f"{describe_dtype(dtype)}, {rows} rows", n, dtype)
+        for dtype in (torch.bfloat16, torch.float32)
+        for rows, n in (("few", 397), ("many", 2001))
     ]

@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyeditfast_kernels.launch import Config, Example, launch
+from pyeditfast_kernels.tuned import Tunable, describe_dtype, tuned_config
 
 PARTIAL = Config(
     "64 rows, 128 features",
@@ -39,6 +40,17 @@ PARTIAL = Config(
     num_stages=1,
     why="16 KB of bf16 in flight a program; 400 rows of 14336 make 784 programs",
 )
+
+WIDE = Config(
+    "32 rows, 256 features",
+    {"BLOCK_N": 32, "BLOCK_D": 256},
+    num_warps=8,
+    num_stages=1,
+    why="for `make tune`: pieces of a row of 512 bytes, in two steps a chunk",
+)
+
+CANDIDATES = {"bfloat16": (PARTIAL, WIDE)}
+"""By class of shapes, what ``make tune`` chooses from; the first is the default."""
 
 MERGE = Config(
     "128 features",
@@ -186,12 +198,13 @@ def merge_moments_kernel(
 
 
 def running_moments(
-    parts: Sequence[Tensor], segments: Sequence[int] | None = None
+    parts: Sequence[Tensor], segments: Sequence[int] | None = None, config: Config | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return mean and sum of squared deviations, float64, of rows ``[n, d]`` in parts side by side.
 
     Both are ``[Σ d]``; ``n`` is at least 1. ``segments``: the rows of the consecutive
-    micro-batches, for the published variance; None for the plain one.
+    micro-batches, for the published variance; None for the plain one. ``config``
+    is the one tuned for the device, or else ``PARTIAL``, unless given.
     """
     n, device = parts[0].shape[0], parts[0].device
     chunk_n = rows_of_a_chunk(n)
@@ -220,10 +233,12 @@ def running_moments(
             "chunk_n": chunk_n,
             "SEGMENTED": segments is not None,
         }
+        tuned = tuned_config("running_moments", describe_dtype(rows.dtype), CANDIDATES, device)
+        partial = config or tuned or PARTIAL
         launch(
             partial_moments_kernel,
-            (chunks * triton.cdiv(d, PARTIAL.sizes["BLOCK_D"]),),
-            PARTIAL,
+            (chunks * triton.cdiv(d, partial.sizes["BLOCK_D"]),),
+            partial,
             **shared,
             rows=rows,
             stride_n=rows.stride(0),
@@ -260,4 +275,27 @@ def examples() -> list[Example]:
         example("fp32, 10 segments of 40 rows of 14336", 400, 14336, fp32, [40] * 10),
         example("bf16, 401 rows of 14335", 401, 14335, bf16, None),
         example("bf16, 1 row of 1", 1, 1, bf16, None),
+    ]
+
+
+def tunable() -> list[Tunable]:
+    """Return what ``make tune`` chooses between."""
+
+    def inputs(device: torch.device, tiny: bool) -> tuple[Tensor, ...]:
+        return (torch.randn((70, 144) if tiny else (400, 14336), device=device).bfloat16(),)
+
+    def exact(inputs: tuple[Tensor, ...]) -> Tensor:
+        rows = inputs[0].double()
+        return torch.stack([rows.mean(0), (rows - rows.mean(0)).square().sum(0)])
+
+    return [
+        Tunable(
+            "running_moments",
+            name,
+            candidates,
+            inputs,
+            call=lambda inputs, config: torch.stack(running_moments(inputs, None, config)),
+            exact=exact,
+        )
+        for name, candidates in CANDIDATES.items()
     ]

@@ -38,6 +38,17 @@ class RoutedQueries:
     memories: int = -1
     decoding: bool = False
 
+    def settle(self) -> None:
+        """Copy what was decided: a replayed CUDA graph writes its results to the same place again.
+
+        To be called outside compiled code.
+        """
+        self.route, self.gaps = _copied(self.route), _copied(self.gaps)
+        if self.sums is not None:
+            self.sums = GapSums(
+                self.sums.total.clone(), self.sums.largest.clone(), self.sums.count.clone()
+            )
+
 
 @dataclass
 class ModelCall:
@@ -76,3 +87,7 @@ class ModelCall:
             _, to_packed = self.layout.indices(output.device)
             output = output.flatten(0, 1).index_select(0, to_packed)
         return output.reshape(*like.shape[:-1], output.shape[-1])
+
+
+def _copied(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()

@@ -27,11 +27,13 @@ ON_CACHE = "pyeditfast_queries"
 class QueryRouting:
     """Follows the forward passes of one model and tells its routed module what each of them is.
 
-    ``last`` are the queries decided last; the routed module sets it, and notes in ``recomputed``
-    what it runs in training mode. ``prompt`` is set while ``generate`` runs.
+    ``active`` while there are side memories. ``last`` are the queries decided last; the routed
+    module sets it, and notes in ``recomputed`` what it runs in training mode. ``prompt`` is set
+    while ``generate`` runs.
     """
 
     def __init__(self) -> None:
+        self.active = False
         self.suspended = False
         self.prompt: GenerationPrompt | None = None
         self.last: RoutedQueries | None = None
@@ -60,8 +62,12 @@ class QueryRouting:
 
     def prepare(self, attention_mask: Any) -> None:
         """Note that ``generate`` is about to make a forward pass."""
-        if self.prompt is not None:
-            self._prepared = PreparedCall(self.prompt, _two_dimensional(attention_mask))
+        if self.prompt is None:
+            return
+        self._prepared = PreparedCall(self.prompt, _two_dimensional(attention_mask))
+        queries = self.prompt.queries
+        if queries is not None and not queries.decoding:
+            queries.settle()
 
     @contextlib.contextmanager
     def suspend(self) -> Iterator[None]:
@@ -106,7 +112,7 @@ class QueryRouting:
 
     def _begin(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         prepared, self._prepared = self._prepared, None
-        if self.suspended:
+        if self.suspended or not self.active:
             return
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         tokens = given.get("input_ids")

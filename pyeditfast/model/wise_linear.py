@@ -87,8 +87,9 @@ class WiseLinear(nn.Module):
         """Replace the side memories ``[d_out, d_in]`` and their thresholds.
 
         The tensors are not copied and may be updated in place; after ``model.to(...)`` those of
-        ``side_weights`` are the ones in use. Queries that are being decoded cannot go on. Raises ``ValueError`` or ``TypeError`` for memories that do not fit the main
-        one and for other than one threshold a memory, none of them NaN.
+        ``side_weights`` are the ones in use. Queries that are being decoded cannot go on. Raises
+        ``ValueError`` or ``TypeError`` for memories that do not fit the main one, and for other
+        than one threshold a memory, none of them NaN.
         """
         side_weights, thresholds = list(side_weights), [float(value) for value in thresholds]
         check_memories(self.main, side_weights)
@@ -104,6 +105,7 @@ class WiseLinear(nn.Module):
         self._count = len(side_weights)
         self.thresholds = torch.tensor(thresholds, dtype=torch.float32, device=self.weight.device)
         self._memories += 1
+        self.routing.active = bool(side_weights)
         self.routing.last = None
 
     def suspended(self) -> AbstractContextManager[None]:
@@ -143,8 +145,13 @@ class WiseLinear(nn.Module):
         """Return ``x Wᵀ + b`` with the memory ``W`` of each query; ``x`` ``[..., d_in]``."""
         if not self._count or self.routing.suspended:
             return linear(x, self.main, self.bias)
-        if x.dtype != self.weight.dtype and torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.weight.dtype)
+        if torch.is_autocast_enabled(x.device.type):
+            # The memories stay as they are: autocast would copy each of them in every pass.
+            with torch.autocast(x.device.type, enabled=False):
+                return self._answer(x.to(self.weight.dtype))
+        return self._answer(x)
+
+    def _answer(self, x: Tensor) -> Tensor:
         call = self.routing.call_of(x)
         if self.training and call.decides and not torch.compiler.is_compiling():
             self.routing.recomputed.note(call, x)

@@ -5,14 +5,15 @@
 ``python tests/kernels/ahead_of_time.py --op NAME`` one op only
 ``python tests/kernels/ahead_of_time.py --write``   compile, and write ``docs/kernels.md``
 
-A kernel's file says in ``examples()`` how its launcher is called; the launches that this makes are
-specialized as Triton would at run time. Triton does not compile in a process that has
-``TRITON_INTERPRET=1``.
+A kernel's file says in ``examples()`` how its launcher is called, and in ``tunable()`` between
+which configurations ``make tune`` chooses; the launches that this makes are specialized as Triton
+would at run time. Triton does not compile in a process that has ``TRITON_INTERPRET=1``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -153,7 +154,7 @@ def variants(op: str | None = None) -> list[Variant]:
         if op not in (None, info.name):
             continue
         module = importlib.import_module(f"pyeditfast_kernels.{info.name}")
-        for example in module.examples() if hasattr(module, "examples") else ():
+        for example in examples_of(module):
             with recording() as launches:
                 example.call()
             for launch in launches:
@@ -180,6 +181,28 @@ def variants(op: str | None = None) -> list[Variant]:
                 key = repr([*variant.name[:2], *list(asdict(variant).values())[6:]])
                 found.setdefault(key, variant)
     return list(found.values())
+
+
+def examples_of(module: Any) -> list[Any]:
+    """Return the calls of a kernel's file: its examples, and what ``make tune`` chooses between."""
+    from pyeditfast_kernels.launch import Example
+
+    examples = list(module.examples()) if hasattr(module, "examples") else []
+    tensor_cores = {kernel for example in examples for kernel in example.tensor_cores}
+    wide_loads = {kernel for example in examples for kernel in example.wide_loads}
+    meta = torch.device("meta")
+    for choice in module.tunable() if hasattr(module, "tunable") else ():
+        inputs = choice.inputs(meta, False)
+        examples += [
+            Example(
+                f"tuning, {choice.shape_class}: {config.name}",
+                functools.partial(choice.call, inputs, config),
+                tuple(tensor_cores),
+                tuple(wide_loads),
+            )
+            for config in choice.candidates
+        ]
+    return examples
 
 
 def compile_variant(variant: Variant, architecture: int) -> Compiled:

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 
 import pytest
 import torch
-import triton
-import triton.language as tl
-from far_memory import Addresses, FarTensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops.layouts import LAYOUTS, bits, empty_storage, random_rows, same_bits, view_of
+from ops.layouts import LAYOUTS, empty_storage, random_rows, same_bits, view_of
 from ops.tolerances import UNIT_ROUNDOFF
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from shift_cases import (
+    CASES,
+    CONFIGS,
+    DTYPES,
+    FACTORS,
+    STEP,
+    assert_nearest,
+    assert_within_slack,
+    by_reference,
+    exact_case,
+    exact_sum,
+    make_shift,
+    name_of,
+    weight_of,
+)
 from truncation import truncate_dots
 
-from pyeditfast import reference
 from pyeditfast.ops import Shift, apply_shift_
-from pyeditfast.reference.apply_shift import round_stochastically
 from pyeditfast_kernels import apply_shift as kernels
-from pyeditfast_kernels.launch import Config, interprets
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-HALVES = DTYPES[:2]
-FACTORS = (torch.bfloat16, torch.float32)
-
-CASES = [(dtype, rounding) for dtype in DTYPES for rounding in ("nearest", "compensated")]
-CASES += [(dtype, "stochastic") for dtype in HALVES]
-
-CONFIGS = (kernels.SQUARE, kernels.NARROW, kernels.FINE)
+from pyeditfast_kernels.launch import interprets
 
 # [..., rank, d_out, d_in]
 SIZES = [
@@ -48,96 +45,6 @@ SIZES = [
     (3, 31, 80, 96),
     (2, 3, 2, 5, 7),
 ]
-
-
-def name_of(value: object) -> str:
-    return value.name if isinstance(value, Config) else str(value)
-
-
-def make_shift(
-    *sizes: int, device: torch.device, right: torch.dtype = torch.float32, scale: float = 1e-3
-) -> Shift:
-    """Return a random shift for a weight ``[..., d_out, d_in]``."""
-    *lead, rank, d_out, d_in = sizes
-    left = random_rows(*lead, rank, d_out, seed=1, scale=scale).to(device)
-    keys = random_rows(*lead, rank, d_in, seed=2).to(device, right)
-    return Shift("dual", rank, left=left, right=keys)
-
-
-def weight_of(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    *lead, _, d_out, d_in = sizes
-    return random_rows(*lead, d_out, d_in, scale=0.02).to(device, dtype)
-
-
-def exact_sum(weight: Tensor, shift: Shift) -> Tensor:
-    return weight.double() + shift.left.double().mT @ shift.right.double()
-
-
-def slack_of(weight: Tensor, shift: Shift) -> Tensor:
-    """Return how far a float32 sum may be from the exact one, element by element.
-
-    The classical bound of a sum of twice the rank, for additions that cut off instead of rounding,
-    as tensor cores do, and one rounding of the sum with the weight.
-    """
-    products = shift.left.double().abs().mT @ shift.right.double().abs()
-    unit = UNIT_ROUNDOFF[torch.float32]
-    return unit * ((2 * shift.rank + 4) * products + exact_sum(weight, shift).abs())
-
-
-def assert_within_slack(result: Tensor, weight: Tensor, shift: Shift) -> None:
-    """Require the rounded exact sum, up to what the float32 sum may have moved.
-
-    Rounding is monotonic, so the result lies between the roundings of both ends of the slack.
-    """
-    exact, slack = exact_sum(weight, shift), slack_of(weight, shift)
-    low, high = (exact - slack).to(weight.dtype), (exact + slack).to(weight.dtype)
-    assert bool(((low <= result) & (result <= high)).all())
-
-
-def assert_nearest(result: Tensor, weight: Tensor, shift: Shift) -> None:
-    """Require that, and that few sums lie within the slack of the middle between two numbers."""
-    assert_within_slack(result, weight, shift)
-    if weight.element_size() == 2:
-        differ = int((result != exact_sum(weight, shift).to(weight.dtype)).sum())
-        assert differ <= 1 + 1e-3 * result.numel()
-
-
-STEP = 2.0**-26
-
-
-def exact_case(
-    *sizes: int, dtype: torch.dtype, right: torch.dtype, device: torch.device
-) -> tuple[Tensor, Shift]:
-    """Return a weight and a shift whose sums are exact in float32: whole numbers times ``STEP``.
-
-    The sums are of all signs and magnitudes, and in float16 many are below the smallest normal
-    number.
-    """
-    *lead, rank, d_out, d_in = sizes
-    generator = torch.Generator().manual_seed(5)
-    left = torch.randint(-300, 301, (*lead, rank, d_out), generator=generator) * STEP
-    keys = torch.randint(-30, 31, (*lead, rank, d_in), generator=generator)
-    weight = random_rows(*lead, d_out, d_in, scale=0.02) * torch.logspace(-5, 0, d_in)
-    weight = ((weight.to(dtype).double() / STEP).round() * STEP).to(device, dtype)
-    shift = Shift("dual", rank, left=left.float().to(device), right=keys.to(device, right))
-    exact = exact_sum(weight, shift)
-    assert torch.equal(exact, exact.float().double())
-    return weight, shift
-
-
-def by_reference(
-    weight: Tensor, shift: Shift, rounding: str, seed: int | None = None, remainder=None
-) -> tuple[Tensor, Tensor | None]:
-    """Return what weight and remainder become by the equations in float64."""
-    weight = weight.cpu().clone()
-    remainder = None if remainder is None else remainder.cpu().clone()
-    factors = {"left": shift.left.cpu().double(), "right": shift.right.cpu().double()}
-    exact = Shift("dual", shift.rank, **factors)
-    reference.apply_shift_(weight, exact, rounding, seed, remainder=remainder)
-    return weight, remainder
-
-
-# Nearest.
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -318,152 +225,6 @@ def test_what_is_not_finite_in_a_weight_stays(device, dtype, rounding):
     assert int(weight.isfinite().sum()) == 9
 
 
-# Stochastic.
-
-
-@triton.jit
-def stochastic_kernel(numbers, uniform, rounded, SIZE: tl.constexpr):
-    lanes = tl.arange(0, SIZE)
-    dtype: tl.constexpr = rounded.dtype.element_ty
-    result = kernels.round_stochastically(tl.load(numbers + lanes), tl.load(uniform + lanes), dtype)
-    tl.store(rounded + lanes, kernels.narrowed(result, dtype))
-
-
-def stochastically(numbers: Tensor, uniform: Tensor, dtype: torch.dtype) -> Tensor:
-    rounded = torch.zeros(numbers.shape, dtype=dtype, device=numbers.device)
-    stochastic_kernel[(1,)](numbers, uniform.to(numbers.device), rounded, numbers.numel())
-    return rounded.cpu()
-
-
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_stochastic_decides_as_the_reference_at_every_magnitude(device, dtype):
-    generator = torch.Generator().manual_seed(2)
-    exponents = (-20, 9) if dtype == torch.float16 else (-140, 120)
-    numbers = random_rows(4096) * 2.0 ** torch.randint(*exponents, (4096,), generator=generator)
-    # Some that the dtype holds, some that its smallest numbers round to zero.
-    numbers[:100] = numbers[:100].to(dtype).float()
-    numbers[100:200] *= 2.0**-10
-    numbers[200:203] = torch.tensor([0.0, -0.0, -1.0])
-    drawn = torch.rand(5, 4096, generator=generator)
-    for uniform in (*drawn, *(torch.full((4096,), u) for u in (0.0, 0.5, 0.75))):
-        expected = round_stochastically(numbers, dtype, uniform)
-        assert same_bits(stochastically(numbers.to(device), uniform, dtype), expected)
-
-
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_stochastic_takes_the_lower_neighbour_where_uniform_is_the_fraction(device, dtype):
-    # Half way, a quarter and three quarters of the way, of both signs: exactly on the border.
-    step = torch.finfo(dtype).eps
-    fraction = torch.tensor([0.5, 0.25, 0.75, 0.0] * 4)
-    start = torch.tensor([1.0, -2.0, 0.5, -0.25]).repeat_interleave(4)
-    gap = step * torch.tensor([1.0, 1.0, 0.5, 0.125]).repeat_interleave(4)
-    numbers = start + gap * fraction
-    result = stochastically(numbers.to(device), fraction, dtype)
-    assert torch.equal(result.float(), start)
-    assert torch.equal(result, round_stochastically(numbers, dtype, fraction))
-
-
-@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_stochastic_keeps_finite_numbers_finite_and_others_as_they_are(device, dtype):
-    largest = torch.finfo(dtype).max
-    numbers = largest * torch.tensor([1.0, -1.0, 1.0009, -1.0009])
-    numbers = torch.cat([numbers, torch.tensor([math.inf, -math.inf, math.nan, math.nan])])
-    # The NaN that GPUs make, all bits set.
-    numbers[7:].view(torch.int32).fill_(0x7FFFFFFF)
-    for u in (0.0, 0.5, 1 - 2.0**-24):
-        result = stochastically(numbers.to(device), torch.full((8,), u), dtype)
-        assert result[:4].tolist() == [largest, -largest, largest, -largest]
-        assert result[4:6].tolist() == [math.inf, -math.inf]
-        assert result[6:].isnan().all()
-
-
-@pytest.mark.parametrize("right", FACTORS, ids=str)
-@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 + 1, 2**63, 2**64 - 1])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_stochastic_takes_the_neighbour_that_the_reference_takes(device, dtype, seed, right):
-    # Sums are exact in float32, so not one decision may differ.
-    weight, shift = exact_case(2, 3, 61, 127, dtype=dtype, right=right, device=device)
-    nearest = exact_sum(weight, shift).to(dtype)
-    expected, _ = by_reference(weight, shift, "stochastic", seed)
-    apply_shift_(weight, shift, "stochastic", seed)
-    assert torch.equal(weight.cpu(), expected)
-    assert (weight != nearest).double().mean().item() > 0.1
-
-
-@pytest.mark.parametrize("index", [0, 2**31 - 40, 2**32 - 40, 2**33 + 7, 2**62])
-@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
-def test_random_numbers_of_far_elements(device, config, index):
-    dtype = torch.bfloat16
-    weight, shift = exact_case(2, 1, 5, 13, dtype=dtype, right=torch.float32, device=device)
-    uniform = reference.random_uniform(9, weight.shape, index).to(device)
-    exact = exact_sum(weight, shift)
-    expected = round_stochastically(exact.cpu(), torch.bfloat16, uniform.cpu())
-    kernels.apply_shift_(
-        weight, shift.left, shift.right, "stochastic", 9, None, index, config=config
-    )
-    assert same_bits(weight.cpu(), expected)
-
-
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_stochastic_goes_up_as_often_as_it_should(device, dtype):
-    for start, fraction in ((1.0, 0.125), (-3.0, 0.9), (0.0, 0.5)):
-        weight = torch.full((100, 100), start, dtype=dtype, device=device)
-        gap = torch.finfo(dtype).eps * (2.0 if start == -3.0 else 1.0)
-        if start == 0.0:
-            gap = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-        left = torch.full((1, 100), fraction, device=device)
-        right = torch.full((1, 100), gap, device=device)
-        apply_shift_(weight, Shift("dual", 1, left=left, right=right), "stochastic", seed=11)
-        up = int((weight.double() > start).sum())
-        assert up + int((weight == start).sum()) == 10_000
-        # Five standard deviations of the binomial distribution.
-        assert abs(up - 1e4 * fraction) <= 5 * math.sqrt(1e4 * fraction * (1 - fraction))
-
-
-# Compensated.
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_compensated_keeps_what_nearest_loses(device, dtype):
-    # Shifts far below half a spacing, fifty times.
-    weight = weight_of((1, 17, 33), dtype, device)
-    remainder = torch.zeros_like(weight)
-    unit = UNIT_ROUNDOFF[dtype]
-    weight.abs_().add_(0.02)
-    start = weight.double()
-    plain = weight.clone()
-    left = (2e-3 * unit * random_rows(2, 17, seed=4).clamp(-2, 2)).to(device)
-    right = random_rows(2, 33, seed=5).clamp(-2, 2).to(device)
-    shift = Shift("dual", 2, left=left, right=right)
-    turns = 50
-    for _ in range(turns):
-        apply_shift_(weight, shift, "compensated", remainder=remainder)
-    for _ in range(3):
-        apply_shift_(plain, shift)
-    assert torch.equal(plain.double(), start)
-    change = left.double().mT @ right.double()
-    exact = start + turns * change
-    # A turn rounds the remainder, at most half a spacing of the weight, to its own digits, of which
-    # float16 has none below 2⁻²⁴.
-    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    step = unit * unit * exact.abs().max().item() + smallest / 2
-    error = (weight.double() + remainder.double() - exact).abs().max().item()
-    assert error <= turns * step
-    assert error <= 0.05 * turns * change.abs().max().item()
-
-
-def test_compensated_float32_is_a_two_sum(device):
-    _, shift = exact_case(3, 31, 57, dtype=torch.float32, right=torch.float32, device=device)
-    weight = weight_of((3, 31, 57), torch.float32, device)
-    remainder = torch.zeros_like(weight)
-    exact = exact_sum(weight, shift)
-    apply_shift_(weight, shift, "compensated", remainder=remainder)
-    assert torch.equal(weight, exact.float())
-    assert remainder.any()
-    assert torch.equal(weight.double() + remainder.double(), exact)
-
-
 # Bits.
 
 
@@ -491,174 +252,6 @@ def test_a_module_has_the_same_bits_in_any_company(device):
         part = Shift("dual", 40, left=shift.left[module], right=shift.right[module])
         apply_shift_(alone[module], part)
     assert same_bits(together, alone)
-
-
-# Views, and the bytes around them.
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("dtype", "rounding"), CASES, ids=str)
-def test_strided_weight_and_the_bytes_around_it(device, dtype, rounding, layout):
-    sizes = (3, 4, 13, 17)
-    plain, shift = weight_of(sizes, dtype, device), make_shift(*sizes, device=device)
-    seed = 5 if rounding == "stochastic" else None
-    plain_remainder = None
-    if rounding == "compensated":
-        plain_remainder = random_rows(3, 13, 17, scale=1e-5, seed=9).to(device, dtype)
-    storages, views = [], []
-    for tensor in (plain, plain_remainder):
-        if tensor is not None:
-            storages.append(empty_storage(tensor.shape, dtype, layout).to(device))
-            views.append(view_of(storages[-1], layout))
-            views[-1].copy_(tensor)
-    weight, remainder = views[0], views[1] if len(views) > 1 else None
-    before = [storage.clone() for storage in storages]
-
-    apply_shift_(weight, shift, rounding, seed, remainder=remainder)
-    apply_shift_(plain, shift, rounding, seed, remainder=plain_remainder)
-
-    assert same_bits(weight, plain)
-    if remainder is not None:
-        assert same_bits(remainder, plain_remainder)
-    for storage, old in zip(storages, before, strict=True):
-        for memory in (storage, old):
-            view_of(memory, layout).zero_()
-        assert torch.equal(bits(storage), bits(old))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("right", FACTORS, ids=str)
-def test_strided_factors_are_read_and_not_written(device, layout, right):
-    sizes = (3, 19, 13, 17)
-    shift = make_shift(*sizes, device=device, right=right)
-    views, storages = [], []
-    for factor in (shift.left, shift.right):
-        storages.append(empty_storage(factor.shape, factor.dtype, layout).to(device))
-        views.append(view_of(storages[-1], layout))
-        views[-1].copy_(factor)
-    before = [storage.clone() for storage in storages]
-    weight, plain = (weight_of(sizes, torch.bfloat16, device) for _ in range(2))
-    apply_shift_(weight, Shift("dual", 19, left=views[0], right=views[1]))
-    assert same_bits(weight, apply_shift_(plain, shift))
-    assert all(same_bits(*pair) for pair in zip(storages, before, strict=True))
-
-
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_leading_dimensions_that_cannot_be_joined(device, rounding):
-    sizes = (3, 2, 4, 13, 17)
-    shift = make_shift(*sizes, device=device)
-    plain = weight_of(sizes, torch.bfloat16, device)
-    weight = plain.transpose(0, 1).contiguous().transpose(0, 1)
-    seed = 5 if rounding == "stochastic" else None
-    apply_shift_(weight, shift, rounding, seed)
-    assert same_bits(weight, apply_shift_(plain, shift, rounding, seed))
-
-
-@pytest.mark.parametrize(("dtype", "rounding"), CASES, ids=str)
-def test_conv1d_weight_is_passed_as_its_transpose(device, dtype, rounding):
-    # GPT-2's Conv1D keeps [d_in, d_out].
-    shift = make_shift(9, 64, 80, device=device)
-    linear = weight_of((9, 64, 80), dtype, device)
-    conv = linear.mT.contiguous()
-    seed = 5 if rounding == "stochastic" else None
-    remainders = [None, None]
-    if rounding == "compensated":
-        remainders = [torch.zeros_like(linear), torch.zeros_like(conv).mT]
-    apply_shift_(linear, shift, rounding, seed, remainder=remainders[0])
-    apply_shift_(conv.mT, shift, rounding, seed, remainder=remainders[1])
-    assert same_bits(conv.mT, linear)
-
-
-@pytest.mark.parametrize("rank", [0, 3])
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
-def test_empty_weights_and_empty_shifts(device, rank, rounding):
-    for lead, d_out, d_in in (((), 0, 5), ((), 5, 0), ((0,), 3, 4), ((2, 0), 3, 4), ((), 3, 4)):
-        weight = random_rows(*lead, d_out, d_in).to(device, torch.bfloat16)
-        before = weight.clone()
-        left = torch.zeros(*lead, rank, d_out, device=device)
-        right = torch.ones(*lead, rank, d_in, device=device)
-        seed = 1 if rounding == "stochastic" else None
-        remainder = torch.zeros_like(weight) if rounding == "compensated" else None
-        shift = Shift("dual", rank, left=left, right=right)
-        apply_shift_(weight, shift, rounding, seed, remainder=remainder)
-        assert torch.equal(weight, before)
-
-
-def test_addresses_beyond_32_bits(monkeypatch):
-    if not interprets():
-        pytest.skip("a GPU has no memory without memory")
-    seen = Addresses(monkeypatch)
-    # Strides that fit in 32 bits, times indices that then do not.
-    weight = FarTensor(1 << 60, (3, 65, 33), torch.bfloat16, (1 << 46, 1 << 30, 1 << 20))
-    remainder = FarTensor(1 << 61, (3, 65, 33), torch.bfloat16, (1 << 46, 1 << 20, 1 << 30))
-    left = FarTensor(1 << 59, (3, 34, 65), torch.float32, (1 << 46, 1 << 30, 1 << 36))
-    right = FarTensor(1 << 58, (3, 34, 33), torch.bfloat16, (1 << 46, 1 << 36, 1 << 30))
-    kernels.apply_shift_(
-        weight, left, right, "compensated", remainder=remainder, config=kernels.FINE
-    )
-    places = {
-        tensor.address(*index)
-        for tensor in (weight, remainder)
-        for index in itertools.product(range(3), range(65), range(33))
-    }
-    factors = {
-        tensor.address(*index)
-        for tensor in (left, right)
-        for index in itertools.product(*map(range, tensor.shape))
-    }
-    assert seen.stored == places
-    assert seen.loaded == places | factors
-
-
-# What surrounds the kernel.
-
-
-class LargestNewTensor(TorchDispatchMode):
-    """Notes the bytes of the largest memory that any operation returns, ``known`` left out."""
-
-    def __init__(self, *known: Tensor) -> None:
-        super().__init__()
-        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
-        self.nbytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_iter(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self.known:
-                self.nbytes = max(self.nbytes, leaf.untyped_storage().nbytes())
-        return result
-
-
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
-def test_no_temporary_of_the_size_of_the_weight(device, rounding):
-    weight = weight_of((2, 300, 100), torch.bfloat16, device)
-    shift = make_shift(2, 300, 100, device=device)
-    remainder = torch.zeros_like(weight) if rounding == "compensated" else None
-    known = [weight] if remainder is None else [weight, remainder]
-    seed = 1 if rounding == "stochastic" else None
-    with LargestNewTensor(*known, shift.left, shift.right) as seen:
-        apply_shift_(weight, shift, rounding, seed, remainder=remainder)
-    # The factors in float64, for the bound of the shift.
-    assert seen.nbytes <= 2 * 300 * 8
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_parameter_that_requires_grad_is_changed_in_place(device, dtype):
-    weight = torch.nn.Parameter(torch.ones(3, 4, dtype=dtype, device=device))
-    left, right = torch.ones(1, 3, device=device), torch.ones(1, 4, device=device)
-    assert apply_shift_(weight, Shift("dual", 1, left=left, right=right)) is weight
-    assert torch.equal(weight.detach(), torch.full((3, 4), 2.0, dtype=dtype, device=device))
-    assert weight.requires_grad and weight.is_leaf and weight.grad is None
-
-
-def test_a_backward_pass_notices_the_change(device):
-    weight = torch.nn.Parameter(torch.ones(3, 4, device=device))
-    x = torch.ones(2, 4, device=device, requires_grad=True)
-    loss = (x @ weight.mT).sum()
-    left, right = torch.ones(1, 3, device=device), torch.ones(1, 4, device=device)
-    apply_shift_(weight, Shift("dual", 1, left=left, right=right))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
 
 
 def test_configurations():

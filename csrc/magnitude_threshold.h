@@ -1,0 +1,20 @@
+// The exact k-th largest magnitude by radix select, see pyeditfast/ops/magnitude_threshold.py.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "matrix.h"
+
+extern "C" {
+
+// *out = the k-th largest |x - base| (|x| where `base` is null), the difference taken in float32,
+// NaN counted as larger than everything; k from 1 to rows * columns. The matrices are read once
+// where `x` has 16 bits and there is no base, else twice; nothing of their size is allocated.
+// Returns a Status; *out is unspecified unless it is kOk.
+int pyeditfast_magnitude_threshold(const pyeditfast_matrix* x, const pyeditfast_matrix* base,
+                                   std::int64_t rows, std::int64_t columns, std::int64_t k,
+                                   float* out, int threads, char* message,
+                                   std::size_t message_size);
+
+}  // extern "C"

@@ -1,0 +1,353 @@
+// Calls every C function of csrc on buffers of exactly the size they may touch, in all types and
+// layouts and with several threads, and prints a line with a hash for each result.
+//
+// Built with sanitizers it finds accesses outside and undefined behaviour; built for several
+// instruction sets its output has to stay the same. Exits with 1 if a call fails or succeeds
+// against expectation, or if a result depends on the number of threads. With the argument "overrun"
+// it reads one element too many instead, which a sanitizer has to notice.
+#include <cinttypes>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "activation_gap.h"
+#include "apply_shift.h"
+#include "edit_values.h"
+#include "float_types.h"
+#include "magnitude_threshold.h"
+#include "masked_sgd.h"
+#include "matrix.h"
+#include "philox_words.h"
+#include "random_mask.h"
+#include "status.h"
+#include "ties_merge.h"
+
+namespace {
+
+using pyeditfast::kBFloat16;
+using pyeditfast::kFloat16;
+using pyeditfast::kFloat32;
+
+const int kTypes[] = {kFloat32, kBFloat16, kFloat16};
+const int kThreads[] = {1, 3};
+const float kInfinity = std::numeric_limits<float>::infinity();
+const float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+bool failed = false;
+char message[200];
+
+[[noreturn]] void stop(const std::string& text) {
+    std::fprintf(stderr, "%s\n", text.c_str());
+    std::exit(1);
+}
+
+struct Random {
+    std::uint64_t state;
+
+    std::uint32_t next() {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        return static_cast<std::uint32_t>(state >> 33);
+    }
+
+    // Mostly near 0, some zeros, large and tiny ones, infinities and NaN.
+    float number() {
+        const std::uint32_t kind = next() % 100;
+        const float uniform = static_cast<float>(next()) / 2147483648.0f - 0.5f;
+        if (kind < 10) return 0.0f;
+        if (kind == 10) return -0.0f;
+        if (kind == 11) return kInfinity;
+        if (kind == 12) return -kInfinity;
+        if (kind == 13) return kNaN;
+        if (kind == 14) return uniform * 1e38f;
+        if (kind == 15) return uniform * 1e-40f;
+        return uniform;
+    }
+};
+
+enum Layout { kRows, kPadded, kColumns, kSpread };
+const Layout kLayouts[] = {kRows, kPadded, kColumns, kSpread};
+
+// A matrix in memory of its own that ends with its last element.
+class Matrix {
+public:
+    Matrix(std::int64_t rows, std::int64_t columns, int type, Layout layout, std::uint64_t seed) {
+        std::int64_t row_stride = columns, column_stride = 1;
+        if (layout == kPadded) row_stride = columns + 3;
+        if (layout == kColumns) row_stride = 1, column_stride = rows + 1;
+        if (layout == kSpread) row_stride = 2 * columns + 1, column_stride = 2;
+        length_ = (rows - 1) * row_stride + (columns - 1) * column_stride + 1;
+        const std::size_t size = static_cast<std::size_t>(pyeditfast::element_size(type));
+        void* memory = std::malloc(static_cast<std::size_t>(length_) * size);
+        if (memory == nullptr) stop("no memory");
+        bytes_.reset(static_cast<unsigned char*>(memory));
+        value_ = {bytes_.get(), row_stride, column_stride, type};
+        Random random = {seed};
+        for (std::int64_t i = 0; i < length_; ++i) set(i, random.number());
+    }
+
+    Matrix(const Matrix&) = delete;
+    Matrix& operator=(const Matrix&) = delete;
+
+    const pyeditfast_matrix* get() const { return &value_; }
+
+    // A hash of all memory, NaN counted as one value: which NaN it is depends on the processor.
+    std::uint64_t hash() const {
+        std::uint64_t result = 1469598103934665603u;
+        for (std::int64_t i = 0; i < length_; ++i) {
+            const float value = at(i);
+            const std::uint32_t bits = value != value ? 0x7FC00000u : pyeditfast::as_bits(value);
+            result = (result ^ bits) * 1099511628211u;
+        }
+        return result;
+    }
+
+private:
+    struct Free {
+        void operator()(unsigned char* bytes) const { std::free(bytes); }
+    };
+
+    void set(std::int64_t i, float value) {
+        if (value_.type == kFloat32) {
+            reinterpret_cast<float*>(bytes_.get())[i] = value;
+        } else {
+            reinterpret_cast<std::uint16_t*>(bytes_.get())[i] =
+                value_.type == kBFloat16 ? pyeditfast::to_bfloat16(value)
+                                         : pyeditfast::to_float16(value);
+        }
+    }
+
+    float at(std::int64_t i) const {
+        if (value_.type == kFloat32) return reinterpret_cast<const float*>(bytes_.get())[i];
+        const std::uint16_t bits = reinterpret_cast<const std::uint16_t*>(bytes_.get())[i];
+        return value_.type == kBFloat16 ? pyeditfast::from_bfloat16(bits)
+                                        : pyeditfast::from_float16(bits);
+    }
+
+    std::int64_t length_;
+    std::unique_ptr<unsigned char, Free> bytes_;
+    pyeditfast_matrix value_;
+};
+
+std::uint64_t hash_of(const std::vector<float>& values) {
+    std::uint64_t result = 1469598103934665603u;
+    for (const float value : values) {
+        const std::uint32_t bits = value != value ? 0x7FC00000u : pyeditfast::as_bits(value);
+        result = (result ^ bits) * 1099511628211u;
+    }
+    return result;
+}
+
+// Runs work(threads), which returns a hash, for every number of threads, and prints it once.
+template <typename Work>
+void report(const std::string& name, const Work& work) {
+    const std::uint64_t first = work(kThreads[0]);
+    for (const int threads : kThreads) {
+        if (work(threads) != first) stop(name + " depends on the number of threads");
+    }
+    std::printf("%s %016" PRIx64 "\n", name.c_str(), first);
+}
+
+void require(int status, const std::string& name) {
+    if (status != pyeditfast::kOk) stop(name + " failed: " + message);
+}
+
+void refuse(int status, const std::string& expected) {
+    if (status == pyeditfast::kInvalidArgument && expected == message) return;
+    std::fprintf(stderr, "expected '%s', got status %d and '%s'\n", expected.c_str(), status,
+                 message);
+    failed = true;
+}
+
+// Every rest that does not fill a vector, the carry from the lower to the upper half, and any step.
+void words(std::uint64_t step) {
+    constexpr std::uint32_t kUntouched = 0xABABABABu;
+    report("philox_words " + std::to_string(step), [=](int) {
+        std::uint64_t result = 0;
+        for (std::int64_t count = 0; count <= 20; ++count) {
+            std::vector<std::uint32_t> out(40, kUntouched);
+            pyeditfast::philox_words(out.data(), count, (std::uint64_t{1} << 32) - 5, step, 77);
+            for (std::int64_t i = 0; i < 40; ++i) {
+                const std::uint32_t word = out[static_cast<std::size_t>(i)];
+                if (i >= count && word != kUntouched) stop("philox_words writes too much");
+                result = (result ^ word) * 1099511628211u;
+            }
+        }
+        return result;
+    });
+}
+
+void random_functions(std::int64_t numel) {
+    report("random_uniform " + std::to_string(numel), [=](int threads) {
+        std::vector<float> out(static_cast<std::size_t>(numel));
+        require(pyeditfast_random_uniform(out.data(), numel, 77, (std::int64_t{1} << 32) - 1000,
+                                          threads, message, sizeof message),
+                "random_uniform");
+        return hash_of(out);
+    });
+    report("random_mask " + std::to_string(numel), [=](int threads) {
+        std::vector<std::uint8_t> out(static_cast<std::size_t>(numel));
+        require(pyeditfast_random_mask(out.data(), numel, 77, 0.2f, 5, threads, message,
+                                       sizeof message),
+                "random_mask");
+        return hash_of(std::vector<float>(out.begin(), out.end()));
+    });
+}
+
+void element_functions(std::int64_t rows, std::int64_t columns, int type, Layout layout) {
+    const std::string name = std::to_string(rows) + "x" + std::to_string(columns) + " type " +
+                             std::to_string(type) + " layout " + std::to_string(layout);
+    const Layout other = layout == kRows ? kColumns : kRows;
+    const Matrix main(rows, columns, type, layout, 1), grad(rows, columns, kFloat32, other, 2);
+    const Matrix side(rows, columns, type, other, 3), third(rows, columns, kBFloat16, kSpread, 4);
+
+    for (const bool clamped : {false, true}) {
+        report("masked_sgd " + name, [&](int threads) {
+            const Matrix weight(rows, columns, type, layout, 5);
+            require(pyeditfast_masked_sgd(weight.get(), grad.get(), clamped ? main.get() : nullptr,
+                                          rows, columns, 9, 0.4f, 12345, 0.3f, 0.1f, 0.2f, threads,
+                                          message, sizeof message),
+                    "masked_sgd");
+            return weight.hash();
+        });
+    }
+    const std::int64_t numel = rows * columns;
+    for (const std::int64_t k : {std::int64_t{1}, (numel + 1) / 2, numel}) {
+        for (const Matrix* base : {static_cast<const Matrix*>(nullptr), &side}) {
+            report("magnitude_threshold " + name, [&](int threads) {
+                std::vector<float> out(1);
+                require(pyeditfast_magnitude_threshold(
+                            main.get(), base == nullptr ? nullptr : base->get(), rows, columns, k,
+                            out.data(), threads, message, sizeof message),
+                        "magnitude_threshold");
+                return hash_of(out);
+            });
+        }
+    }
+    report("ties_merge " + name, [&](int threads) {
+        const Matrix out(rows, columns, type, other, 6);
+        const std::vector<pyeditfast_matrix> sides = {*side.get(), *third.get(), *grad.get()};
+        const std::vector<float> thresholds = {0.1f, 0.2f, 0.0f}, weights = {0.5f, 0.3f, 0.7f};
+        require(pyeditfast_ties_merge(out.get(), main.get(), sides.data(), thresholds.data(),
+                                      weights.data(), 3, rows, columns, threads, message,
+                                      sizeof message),
+                "ties_merge");
+        return out.hash();
+    });
+    for (const int rounding : {0, 1, 2}) {
+        if (rounding == 1 && type == kFloat32) continue;
+        report("apply_shift " + name, [&](int threads) {
+            const Matrix weight(rows, columns, type, layout, 7);
+            const Matrix remainder(rows, columns, type, layout, 8);
+            require(pyeditfast_apply_shift(weight.get(), grad.get(),
+                                           rounding == 2 ? remainder.get() : nullptr, rows, columns,
+                                           rounding, 3, 1000, threads, message, sizeof message),
+                    "apply_shift");
+            return weight.hash() ^ remainder.hash();
+        });
+    }
+}
+
+void row_functions(std::int64_t rows, std::int64_t columns, int type, Layout layout) {
+    const std::string name = std::to_string(rows) + "x" + std::to_string(columns) + " type " +
+                             std::to_string(type) + " layout " + std::to_string(layout);
+    const Layout other = layout == kRows ? kColumns : kRows;
+    const Matrix main(rows, columns, type, layout, 1), side(rows, columns, kFloat32, other, 2);
+    for (int activation = 0; activation < 5; ++activation) {
+        report("activation_gap " + name, [&](int threads) {
+            std::vector<float> gaps(static_cast<std::size_t>(rows));
+            require(pyeditfast_activation_gap(main.get(), side.get(), rows, columns, activation,
+                                              gaps.data(), threads, message, sizeof message),
+                    "activation_gap");
+            return hash_of(gaps);
+        });
+    }
+    const std::int64_t d_out = columns / 2 + 1;
+    const Matrix grads(rows, d_out, kBFloat16, other, 3);
+    Random random = {4};
+    std::vector<float> mean, scale;
+    for (std::int64_t i = 0; i < columns + d_out; ++i) {
+        mean.push_back(static_cast<float>(random.next() % 100) / 100.0f);
+        scale.push_back(static_cast<float>(random.next() % 100) / 10.0f);
+    }
+    report("edit_values " + name, [&](int threads) {
+        const Matrix values(rows, d_out, type, layout, 5);
+        require(pyeditfast_edit_values(values.get(), main.get(), grads.get(), mean.data(),
+                                       scale.data(), rows, columns, d_out, 0.5f, threads, message,
+                                       sizeof message),
+                "edit_values");
+        return values.hash();
+    });
+}
+
+void refusals() {
+    const Matrix good(3, 4, kFloat32, kRows, 1);
+    const pyeditfast_matrix null = {nullptr, 4, 1, kFloat32};
+    const pyeditfast_matrix negative = {good.get()->data, -4, 1, kFloat32};
+    const pyeditfast_matrix crooked = {static_cast<char*>(good.get()->data) + 2, 4, 1, kFloat32};
+    const std::int64_t huge = std::int64_t{1} << 62;
+    const pyeditfast_matrix wide = {good.get()->data, huge, huge, kFloat32};
+    const auto step = [&](const pyeditfast_matrix* weight, const pyeditfast_matrix* grad,
+                          std::int64_t rows, std::int64_t offset, char* text, std::size_t size) {
+        return pyeditfast_masked_sgd(weight, grad, nullptr, rows, 4, 0, 0.5f, offset, 1.0f, 0.0f,
+                                     0.0f, 1, text, size);
+    };
+    refuse(step(&null, good.get(), 3, 0, message, sizeof message),
+           "weight is a null pointer, but has 3 x 4 elements");
+    refuse(step(nullptr, good.get(), 3, 0, message, sizeof message), "weight is missing");
+    refuse(step(good.get(), &negative, 3, 0, message, sizeof message),
+           "grad has strides -4 and 1; 0 or more is needed (3 x 4)");
+    refuse(step(good.get(), good.get(), 3, std::numeric_limits<std::int64_t>::max(), message,
+                sizeof message),
+           "offset must be >= 0 and offset + elements below 2^63, got offset 9223372036854775807 "
+           "for 3 x 4");
+    refuse(step(good.get(), good.get(), std::numeric_limits<std::int64_t>::min(), 0, message,
+                sizeof message),
+           "rows and columns must be >= 0 and their product below 2^60, got -9223372036854775808 "
+           "and 4");
+    refuse(step(good.get(), &wide, 3, 0, message, sizeof message),
+           "grad has strides 4611686018427387904 and 4611686018427387904, too large for 3 x 4 "
+           "elements");
+    // Nothing to read: whatever the strides are.
+    require(step(&wide, &wide, 0, 0, message, sizeof message), "masked_sgd without rows");
+    // Without room for a message, and with too little.
+    if (step(&crooked, good.get(), 3, 0, nullptr, 0) != pyeditfast::kInvalidArgument) failed = true;
+    char little[8];
+    const int status = step(&crooked, good.get(), 3, 0, little, sizeof little);
+    std::strcpy(message, little);
+    refuse(status, "weight ");
+}
+
+void overrun() {
+    const Matrix matrix(3, 4, kFloat32, kRows, 1);
+    float threshold;
+    pyeditfast_magnitude_threshold(matrix.get(), nullptr, 1, 13, 1, &threshold, 1, message,
+                                   sizeof message);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    if (count > 1 && std::strcmp(arguments[1], "overrun") == 0) {
+        overrun();
+        return 0;
+    }
+    for (const std::uint64_t step : {1, 3, 1 << 30}) words(step);
+    for (const std::int64_t numel : {0, 1, 7, 4097, 140001}) random_functions(numel);
+    for (const int type : kTypes) {
+        for (const Layout layout : kLayouts) {
+            element_functions(1, 1, type, layout);
+            element_functions(3, 2051, type, layout);
+            element_functions(1029, 67, type, layout);
+            row_functions(1, 1, type, layout);
+            row_functions(67, 2051, type, layout);
+        }
+    }
+    refusals();
+    return failed ? 1 : 0;
+}
