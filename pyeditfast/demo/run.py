@@ -90,7 +90,7 @@ def run_demo(
             seconds = statistics.median(contest.their_seconds)
             outcome = Published(scores, seconds, *contest.difference())
 
-        told = samples(model, editor.model, tokenizer, first_of_each_kind(place, edits))
+        told = _samples(model, editor.model, tokenizer, first_of_each_kind(place, edits))
         out.mkdir(parents=True, exist_ok=True)
         editor.save(out / "edited-model")
         model.save_pretrained(out / "base-model")
@@ -226,7 +226,7 @@ def first_of_each_kind(world: World, edits: Sequence[Edit]) -> list[Edit]:
     return [edit for edit in firsts if edit is not None]
 
 
-def samples(
+def _samples(
     before: PreTrainedModel,
     after: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyeditfast.data.edit import Edit
 from pyeditfast.demo.chart import require_matplotlib
-from pyeditfast.demo.run import first_of_each_kind, samples, transformers_bars_hidden
+from pyeditfast.demo.report import Sample
+from pyeditfast.demo.run import first_of_each_kind, transformers_bars_hidden
 from pyeditfast.demo.training import TrainingSettings, trained_model
 from pyeditfast.demo.wise_report import Serving, WiseDemoResult, write_wise_report
 from pyeditfast.demo.world import World, WorldSettings
@@ -67,7 +69,7 @@ def run_wise_demo(
         report = editor.edit(edits, strict=True)
         after = evaluate(editor.model, tokenizer, edits, exact=True)
         serving = serve(editor, edits)
-        told = samples(base, editor.model, tokenizer, first_of_each_kind(place, edits))
+        told = _samples(base, editor, first_of_each_kind(place, edits))
         for model in (base, editor.model):
             model.config.name_or_path = str((out / "base-model").resolve())
         out.mkdir(parents=True, exist_ok=True)
@@ -115,7 +117,7 @@ def serve(editor: WiseEditor, edits: Sequence[Edit]) -> Serving:
     prompts = [edit.prompt for edit in edits]
     targets = [editor.tokenizer(" " + edit.target)["input_ids"] for edit in edits]
     longest = max(len(target) for target in targets)
-    alone = [answer for prompt in prompts for answer in _answers(editor, [prompt], longest)]
+    alone = [_answers(editor, [prompt], longest)[0] for prompt in prompts]
     together = [
         answer
         for start in range(0, len(prompts), BATCH)
@@ -126,19 +128,43 @@ def serve(editor: WiseEditor, edits: Sequence[Edit]) -> Serving:
     return Serving(sum(right) / len(right), same / len(alone), BATCH)
 
 
+def _samples(base: PreTrainedModel, editor: WiseEditor, edits: Sequence[Edit]) -> list[Sample]:
+    """Return what both models answer, cut to the length of the target: WISE trains its tokens, not
+    where the answer ends.
+    """
+    tokenizer = editor.tokenizer
+    told = []
+    for edit in edits:
+        length = len(tokenizer(" " + edit.target)["input_ids"])
+        before, after = (
+            str(tokenizer.decode(_generated(model, tokenizer, [edit.prompt], length)[0])).strip()
+            for model in (base, editor.model)
+        )
+        told.append(Sample(edit.prompt, edit.target, before, after))
+    return told
+
+
 def _answers(editor: WiseEditor, prompts: list[str], tokens: int) -> list[list[int]]:
-    inputs = editor.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    return _generated(editor.model, editor.tokenizer, prompts, tokens)
+
+
+def _generated(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], tokens: int
+) -> list[list[int]]:
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     # transformers' models have it from a mixin that PreTrainedModel does not name.
-    generate: Any = editor.model.generate
+    generate: Any = model.generate
     with torch.inference_mode():
         told = generate(
             **inputs,
             max_new_tokens=tokens,
             do_sample=False,
-            pad_token_id=pad_token(editor.tokenizer),
+            pad_token_id=pad_token(tokenizer),
         )
     rows: list[list[int]] = told[:, inputs["input_ids"].shape[1] :].tolist()
-    return rows
+    # A row that ends before the others of its batch is padded.
+    pad = pad_token(tokenizer)
+    return [list(itertools.takewhile(lambda token: token != pad, row)) for row in rows]
 
 
 def _times(
