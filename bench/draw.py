@@ -1,4 +1,4 @@
-"""Draws ``docs/benchmarks.md`` and ``docs/benchmarks.png`` from the newest CPU result file."""
+"""Draws ``docs/benchmarks.md`` and ``docs/benchmarks.png`` from the newest CPU result files."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"
 
 
-def newest() -> tuple[Path, dict[str, Any]]:
-    """Return the newest CPU result file and its content."""
-    paths = sorted((REPOSITORY / "bench" / "results").glob("cpu-*.json"))
-    if not paths:
+def newest() -> list[tuple[Path, dict[str, Any]]]:
+    """Return the newest CPU result file, and the newest of each part that is no older, with their
+    contents.
+    """
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path in sorted((REPOSITORY / "bench" / "results").glob("cpu-*.json")):
+        content = json.loads(path.read_text())
+        found[path.stem.removesuffix(content["date"])] = (path, content)
+    if "cpu-" not in found:
         raise SystemExit("no result file; run `make bench` first")
-    return paths[-1], json.loads(paths[-1].read_text())
+    whole = found["cpu-"][1]["date"]
+    return [entry for name, entry in sorted(found.items()) if entry[1]["date"] >= whole]
 
 
 def remarks(entry: dict[str, Any]) -> str:
@@ -28,24 +34,38 @@ def remarks(entry: dict[str, Any]) -> str:
         parts.append(f"error {entry['relative_error']:.1e}")
     if "peak_bytes_beyond_inputs" in entry:
         parts.append(f"peak {entry['peak_bytes_beyond_inputs'] / 1e6:.0f} MB beyond the inputs")
+    if "peak_matrices_beyond_the_model" in entry:
+        matrices = entry["peak_matrices_beyond_the_model"]
+        parts.append(f"peak {matrices} times the matrix beyond the model")
     if "relative_difference_of_change" in entry:
         difference = entry["relative_difference_of_change"]
-        parts.append(f"differs from the published change in float64 by {difference:.1e}")
+        against = "the published change" if "WISE" in entry["group"] else "that in float64"
+        parts.append(f"change differs from {against} by {difference:.1e}")
+    if "tokens" in entry:
+        parts.append(f"{entry['tokens'] / entry['median_seconds']:.0f} tokens/s")
+    if entry.get("equal_to_the_reference"):
+        parts.append("equal to the reference bit for bit")
     return ", ".join(parts)
 
 
-def table(path: Path, content: dict[str, Any]) -> str:
+def page(files: list[tuple[Path, dict[str, Any]]]) -> str:
     """Return the Markdown page."""
-    versions = ", ".join(f"{name} {value}" for name, value in content["versions"].items())
-    lines = [
+    head = [
         "# Benchmarks",
         "",
-        "Drawn by `bench/draw.py`; do not edit. Both forms were timed in the same run,",
+        "Drawn by `bench/draw.py`; do not edit. The forms of a group were timed in the same run,",
         "the same way, on fresh random inputs; only the ratios carry over to another machine.",
-        "",
+        "No GPU has run this code yet.",
+    ]
+    return "\n".join(head) + "".join("\n\n" + table(path, content) for path, content in files)
+
+
+def table(path: Path, content: dict[str, Any]) -> str:
+    """Return the table of one result file."""
+    versions = ", ".join(f"{name} {value}" for name, value in content["versions"].items())
+    lines = [
         f"From `{path.relative_to(REPOSITORY)}`: {content['date']}, commit {content['commit']}, "
         f"{content['cores']} cores of {content['cpu']}, {content['gpu']}; {versions}.",
-        "No GPU has run this code yet.",
         "",
         "| what | form | median | quartiles | against published | |",
         "|---|---|---|---|---|---|",
@@ -60,11 +80,13 @@ def table(path: Path, content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def picture(content: dict[str, Any], target: Path) -> None:
+def picture(files: list[tuple[Path, dict[str, Any]]], target: Path) -> None:
     """Draw how many times faster than published each group is."""
+    content = files[0][1]
     bars = [
         (entry["group"], entry["times_faster_than_published"])
-        for entry in content["results"]
+        for _, part in files
+        for entry in part["results"]
         if entry["name"] == "pyeditfast" and "times_faster_than_published" in entry
     ][::-1]
     figure = Figure(figsize=(9, 0.55 * len(bars) + 1.3), dpi=130, layout="constrained")
@@ -84,11 +106,12 @@ def picture(content: dict[str, Any], target: Path) -> None:
 
 def main() -> None:
     """Write both files."""
-    path, content = newest()
+    files = newest()
     DOCS.mkdir(exist_ok=True)
-    (DOCS / "benchmarks.md").write_text(table(path, content))
-    picture(content, DOCS / "benchmarks.png")
-    print(f"wrote docs/benchmarks.md and docs/benchmarks.png from {path.name}")
+    (DOCS / "benchmarks.md").write_text(page(files))
+    picture(files, DOCS / "benchmarks.png")
+    names = ", ".join(path.name for path, _ in files)
+    print(f"wrote docs/benchmarks.md and docs/benchmarks.png from {names}")
 
 
 if __name__ == "__main__":

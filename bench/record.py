@@ -1,15 +1,16 @@
 """Turns pytest-benchmark's JSON into a result file under ``bench/results``.
 
-``python bench/record.py REPORT.json [MORE.json ...]`` keeps medians and spreads, the ratio of each
-group's baseline to the others, the commit, the machine and the versions; nothing else.
+``python bench/record.py [--part NAME] REPORT.json [MORE.json ...]`` keeps medians and spreads, the
+ratio of each group's baseline to the others, the commit, the machine and the versions; nothing
+else. A run of some suites alone is a part, in a file of its own.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def summarise(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main(paths: list[str]) -> None:
+def main(paths: list[str], part: str | None = None) -> None:
     """Write one result file for the reports at ``paths`` and print its ratios.
 
     A group that a later report has again is taken from there, whole.
@@ -79,7 +80,8 @@ def main(paths: list[str]) -> None:
     content = summarise({**report, "benchmarks": [run for runs in groups.values() for run in runs]})
     kind = "cpu" if content["gpu"] == "CPU only" else content["gpu"].lower().replace(" ", "-")
     RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"{kind}-{content['date']}.json"
+    name = f"{kind}-{part}" if part else kind
+    target = RESULTS / f"{name}-{content['date']}.json"
     target.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     for entry in content["results"]:
         ratio = entry.get("times_faster_than_published")
@@ -91,4 +93,8 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--part")
+    parser.add_argument("reports", nargs="+")
+    arguments = parser.parse_args()
+    main(arguments.reports, arguments.part)
