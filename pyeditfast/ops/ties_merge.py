@@ -97,7 +97,8 @@ def _merged(
     deltas = []
     for side, threshold in zip(sides, thresholds, strict=True):
         delta = side.to(work) - centre
-        deltas.append(delta.masked_fill_(delta.abs() < threshold, 0.0))
+        # Not "below the threshold": NaN is never kept, also where the threshold is NaN.
+        deltas.append(delta.masked_fill_(~(delta.abs() >= threshold), 0.0))
     total = torch.zeros_like(centre)
     for weight, delta in zip(weights, deltas, strict=True):
         total.add_(weight * delta)

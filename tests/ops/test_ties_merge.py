@@ -149,10 +149,10 @@ def test_the_result_has_the_layout_of_main():
     assert same_bits(merged, reference.ties_merge(main, sides, 0.53))
 
 
-@needs_extension
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", SIXTEEN_AND_32_BITS)
 @pytest.mark.parametrize("density", [0.01, 0.2, 0.53, 1.0])
-def test_special_values(dtype, density):
+def test_special_values(name, dtype, density):
     """NaN, infinities, subnormal numbers, zeros of both signs and the largest numbers, in every
     combination of main and two side memories."""
     largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
@@ -161,7 +161,7 @@ def test_special_values(dtype, density):
     triples = torch.tensor(list(itertools.product(special, repeat=3)), dtype=dtype)
     main, first, second = (part.reshape(12, 144) for part in triples.T.contiguous())
     expected = reference.ties_merge(main, [first, second], density)
-    with backend("cpp"):
+    with backend(name):
         merged = op.ties_merge(main, [first, second], density)
     torch.testing.assert_close(merged, expected, rtol=0, atol=0, equal_nan=True)
 
