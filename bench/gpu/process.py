@@ -71,7 +71,7 @@ def run_step(
         no_time = code is None and time.monotonic() > stop - 1.0
         if code == 0 or no_time or not step.resumes or attempt == MOST_RESTARTS:
             break
-        if unfinished is not None and code != DEVICE_IS_LOST:
+        if unfinished is not None:
             reason = (
                 f"{_ended(code)}: {last_lines(log)}" if code else f"hung for {step.quiet:.0f} s"
             )

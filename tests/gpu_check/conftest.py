@@ -72,6 +72,21 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture
+def interpreter() -> None:
+    """Skip a test where Triton's interpreter cannot run the kernels."""
+    numpy = pytest.importorskip("numpy")
+    triton = pytest.importorskip("triton")
+
+    def release(version: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in version.split(".")[:2])
+
+    if release(triton.__version__) <= (3, 6) and release(numpy.__version__) >= (2, 4):
+        pytest.skip(
+            f"triton {triton.__version__} interprets no loops with numpy {numpy.__version__}"
+        )
+
+
+@pytest.fixture
 def rows_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Let ``emit`` write to a file of this test, and return it."""
     from bench.gpu import rows

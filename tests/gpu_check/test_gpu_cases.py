@@ -24,9 +24,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.slow
-def test_every_op_is_right_in_every_backend(tmp_path, environment):
+def test_every_op_is_right_in_every_backend(tmp_path, environment, interpreter):
     """What ``make gpu`` does first, at tiny size."""
-    pytest.importorskip("triton")
     options = ("--device", "cpu", "--size", "tiny", "--ops", ",".join(OPS))
     step = Step("correctness", ("-m", "bench.gpu.correctness", *options), 250.0, True)
     outcome = run_step(step, sys.executable, environment, tmp_path, time.monotonic() + 250)

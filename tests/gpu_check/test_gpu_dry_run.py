@@ -16,8 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_the_whole_command(tmp_path):
-    pytest.importorskip("triton")
+def test_the_whole_command(tmp_path, interpreter):
     options = ["--device", "cpu", "--size", "tiny", "--ops", "edit_values,random_mask"]
     steps = "device,correctness,ceilings,timing"
     ran = subprocess.run(

@@ -222,7 +222,7 @@ except CandidateError as error:
 
 
 @pytest.mark.slow
-def test_every_candidate_gives_the_right_result(environment):
+def test_every_candidate_gives_the_right_result(environment, interpreter):
     ran = subprocess.run(
         [sys.executable, "-c", CHECK_ALL],
         cwd=REPOSITORY,
@@ -271,7 +271,7 @@ def test_an_op_that_failed_keeps_what_was_known(device_row):
 
 
 @pytest.mark.slow
-def test_the_whole_command(tmp_path):
+def test_the_whole_command(tmp_path, interpreter):
     options = ["--device", "cpu", "--size", "tiny", "--ops", "edit_values", "--folder", tmp_path]
     ran = subprocess.run(
         [sys.executable, "-m", "bench.gpu.tune", *options],
