@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from pyeditfast import reference
 from pyeditfast.backends import Candidate, always, choose, refusing, triton_candidate
 from pyeditfast.ops.compiled import as_matrix, compiled, compiled_for, cpp_candidate
-from pyeditfast.ops.memories import check_queries, taking
+from pyeditfast.ops.memories import DECODE_ROWS, check_queries, taking
 from pyeditfast.reference.activation_gap import query_gap, token_gaps
 
 CANDIDATES = (
@@ -49,6 +49,10 @@ def activation_gap(
     candidates = taking(_candidates(x, main, *sides), main, sides)
     chosen = choose("activation_gap", candidates, x.device)
     if chosen == "triton":
+        if mask is None and x.shape[1] == 1 and x.shape[0] <= DECODE_ROWS:
+            from pyeditfast_kernels.routed_decode import decode_gap
+
+            return decode_gap(x, main, sides, bias, activation)
         from pyeditfast_kernels.activation_gap import activation_gap as launch
 
         return launch(x, main, sides, bias, activation, reduction, mask)

@@ -14,6 +14,9 @@ from pyeditfast.reference.activation_gap import ACTIVATIONS, REDUCTIONS
 MOST_IN_A_KERNEL = 8
 """Side memories that one kernel takes."""
 
+DECODE_ROWS = 16
+"""Up to so many queries of one token each, the kernels for decoding are taken."""
+
 
 def check_memories(main: Tensor, sides: Sequence[Tensor]) -> None:
     """Require matrices ``[d_out, d_in]`` of one shape, dtype and device."""

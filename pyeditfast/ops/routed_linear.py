@@ -14,6 +14,7 @@ from pyeditfast.ops.activation_gap import gaps_of_outputs
 from pyeditfast.ops.checks import check_same_device
 from pyeditfast.ops.choose_route import choose_route
 from pyeditfast.ops.memories import (
+    DECODE_ROWS,
     check_activation,
     check_like,
     check_numbers,
@@ -29,9 +30,6 @@ CANDIDATES = (
     Candidate("torch", always),
     Candidate("reference", always),
 )
-
-DECODE_ROWS = 16
-"""Up to so many queries of one token each, the kernel for decoding is taken."""
 
 
 def routed_linear(

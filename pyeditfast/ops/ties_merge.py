@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyeditfast import reference
-from pyeditfast.backends import Candidate, always, choose, triton_candidate
+from pyeditfast.backends import Candidate, always, backend, choose, triton_candidate
 from pyeditfast.ops.compiled import as_matrix, compiled, compiled_for, cpp_candidate
 from pyeditfast.ops.magnitude_threshold import check_density, magnitude_threshold
 from pyeditfast.ops.memories import check_memories, taking
@@ -52,7 +53,9 @@ def ties_merge(
     chosen = choose("ties_merge", candidates, main.device)
     if chosen == "reference":
         return reference.ties_merge(main, sides, density, weights)
-    thresholds = torch.stack([magnitude_threshold(side, density, base=main) for side in sides])
+    # There is no Triton form of the thresholds; whoever asks for this one takes any of theirs.
+    with backend("auto") if chosen == "triton" else contextlib.nullcontext():
+        thresholds = torch.stack([magnitude_threshold(side, density, base=main) for side in sides])
     if chosen == "triton":
         from pyeditfast_kernels.ties_merge import ties_merge as launch
 
