@@ -62,6 +62,11 @@ class WiseLinear(nn.Module):
         empty = torch.zeros(0, dtype=torch.float32, device=self.weight.device)
         self.register_buffer("thresholds", empty, persistent=False)
         self.train(original.training)
+        _register_operator()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _register_operator()
 
     @property
     def main(self) -> Tensor:
@@ -291,6 +296,11 @@ _CHANGED = (
 )
 
 
+def _register_operator() -> None:
+    # Here and not above: loading the compiler's parts takes a second.
+    import pyeditfast.ops.torch_library  # noqa: F401
+
+
 def _beams(call: ModelCall, queries: int) -> int:
     """Return how many rows of a pass belong to each of the queries that it goes on with."""
     beams, rest = divmod(call.rows, queries)
@@ -319,9 +329,6 @@ def install(
     that is not an ``nn.Linear`` or a ``Conv1D``, ``ValueError`` for a model that has a routed
     module already.
     """
-    # Registers the operator; loading the compiler's parts takes a second.
-    import pyeditfast.ops.torch_library  # noqa: F401
-
     for name, module in model.named_modules():
         if isinstance(module, WiseLinear):
             raise ValueError(f"{name} is routed already; remove it before {module_name}")

@@ -242,6 +242,11 @@ def test_suspended(routed):
         with routed.layer.suspended():
             routed.model(ids)
         logits = routed.model(ids).logits
+        unknown = DynamicCache()
+        routed.plain[-1](ids, past_key_values=unknown)
+        routed.model(ids, past_key_values=unknown)
+    with pytest.raises(ValueError, match="whose queries are not known"):
+        routed.model(ids, past_key_values=unknown)
     assert answers == [routed.generate(prompt, -1) for prompt in routed.prompts]
     torch.testing.assert_close(logits, routed.plain[-1](ids).logits, rtol=0, atol=1e-5)
     assert routed.layer.routes() == before
