@@ -50,12 +50,11 @@ def by_reference(weight: Tensor, *others: Tensor, **step: object) -> Tensor:
     return reference.masked_sgd_product_(new, *(other.cpu() for other in others), **step)
 
 
-@pytest.mark.parametrize("n", [1, 37])
 @pytest.mark.parametrize("shape", SHAPES[:-1], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_has_the_bits_of_the_reference(device, dtype, shape, n):
+def test_has_the_bits_of_the_reference(device, dtype, shape):
     weight, main = matrices(*shape, dtype, device)
-    others = (*exact_operands(n, *shape, dtype, device), main)
+    others = (*exact_operands(37, *shape, dtype, device), main)
     kept = [other.clone() for other in others]
     expected = by_reference(weight, *others, **STEP)
     assert ops.masked_sgd_product_(weight, *others, **STEP) is weight
@@ -232,9 +231,9 @@ def test_conv1d_weight_is_passed_as_its_transpose(device, dtype):
 def test_gives_the_same_bits_twice(device, operands):
     results = []
     for _ in range(2):
-        weight, main = matrices(70, 133, torch.float32, device)
-        output_grads = random_rows(50, 70, seed=8, scale=0.1).to(device, operands)
-        inputs = random_rows(50, 133, seed=9).to(device, operands)
+        weight, main = matrices(33, 70, torch.float32, device)
+        output_grads = random_rows(50, 33, seed=8, scale=0.1).to(device, operands)
+        inputs = random_rows(50, 70, seed=9).to(device, operands)
         results.append(ops.masked_sgd_product_(weight, output_grads, inputs, main, **STEP))
     assert same_bits(*results)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ops.layouts import LAYOUTS, lay_out, random_rows, same_bits
 from torch import Tensor
 
-from pyeditfast import reference
+from pyeditfast import ops, reference
 from pyeditfast.reference.magnitude_threshold import magnitude_threshold
 from pyeditfast_kernels import ties_merge as kernels
 from pyeditfast_kernels.launch import interprets
@@ -65,6 +65,13 @@ def test_has_the_bits_of_the_reference(device, dtype, shards, shape):
     assert merged.dtype == dtype and merged.device == main.device
     assert same_bits(merged.cpu(), by_reference(main, sides, density))
     assert all(same_bits(*pair) for pair in zip((main, *sides), before, strict=True))
+
+
+@pytest.mark.parametrize("weights", [None, [0.25, 2.0, 0.5]], ids=str)
+def test_the_op(device, weights):
+    main, sides = memories(3, (13, 31), torch.bfloat16, device)
+    merged = ops.ties_merge(main, sides, DENSITY, weights)
+    assert same_bits(merged.cpu(), by_reference(main, sides, DENSITY, weights))
 
 
 @settings(deadline=None, max_examples=30)

@@ -1,7 +1,7 @@
-"""Products and sums are rounded one by one where a kernel promises the bits of the reference.
+"""Arithmetic that the interpreter cannot show, where a kernel promises the reference's bits.
 
-Triton lets the compiler fuse a product with the sum after it, which rounds once instead of twice;
-in the interpreter nothing is fused, so only the machine code can tell.
+Triton lets the compiler fuse a product with the sum after it, which rounds once instead of twice,
+take the smallest numbers for zero, and drop NaN where it takes a minimum; the interpreter does not.
 """
 
 from __future__ import annotations
@@ -64,6 +64,17 @@ def codes() -> dict[str, str]:
 
 @pytest.mark.parametrize("op", OPS)
 def test_products_are_rounded_before_they_are_added(codes, op):
-    # Without ``.rn`` the assembler may fuse; with ``.ftz`` the smallest numbers become 0.
+    # Without ``.rn`` the assembler may fuse.
     products = set(re.findall(r"\b(?:mul|fma)(?:\.\w+)*\.f32\b", codes[op]))
     assert products == {"mul.rn.f32"}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_smallest_numbers_are_not_taken_for_zero(codes, op):
+    assert ".ftz" not in codes[op]
+
+
+@pytest.mark.parametrize("op", ["masked_sgd", "masked_sgd_product"])
+def test_what_is_not_a_number_is_not_clamped(codes, op):
+    bounds = set(re.findall(r"\b(?:max|min)(?:\.\w+)*\.f32\b", codes[op]))
+    assert bounds == {"max.NaN.f32", "min.NaN.f32"}
