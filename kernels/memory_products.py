@@ -32,7 +32,7 @@ from pyeditfast_kernels.memory_tile import (
     add_tile_product,
     load_input,
     memory_pointer,
-    part_of,
+    parts_of,
     rounded,
     side_arguments,
     strides_of_input,
@@ -41,63 +41,45 @@ from pyeditfast_kernels.modules import aligned
 from pyeditfast_kernels.tile_order import grouped_tile
 from pyeditfast_kernels.tile_product import widened
 
-HOPPER = (
-    Config(
-        "128 × 128, 64 deep",
-        {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 128, "BLOCK_K": 64},
-        num_warps=8,
-        num_stages=3,
-        why="three memories: 96 FLOPs a byte read from L2, 128 tiles for 512 rows of 4096 outputs",
-    ),
-    Config(
-        "128 × 64, 64 deep",
-        {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 64, "BLOCK_K": 64},
-        num_warps=8,
-        num_stages=3,
-        why="four to six memories, or too few tiles of 128 columns",
-    ),
-    Config(
-        "128 × 32, 64 deep",
-        {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 32, "BLOCK_K": 64},
-        num_warps=8,
-        num_stages=3,
-        why="seven to nine memories, or too few tiles of 64 columns",
-    ),
+
+def _config(rows: int, columns: int, depth: int, warps: int, stages: int, piece: int, why: str):
+    sizes = {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "BLOCK_K": depth, "PIECE": piece}
+    name = f"{rows} × {columns}, {depth} deep, {piece} at a time"
+    return Config(name, sizes, num_warps=warps, num_stages=stages, why=why)
+
+
+HOPPER = tuple(
+    _config(128, columns, 64, 8, 3, 16, why)
+    for columns, why in (
+        (128, "three memories: 96 FLOPs a byte from L2, 128 tiles for 512 rows of 4096 outputs"),
+        (64, "up to six memories, or too few tiles of 128 columns"),
+        (32, "up to nine memories, or too few tiles of 64 columns"),
+    )
 )
-"""Compute capability 9, which has the shared memory, and keeps no operand in registers."""
+"""For compute capability 9, which has the shared memory, and multiplies from there."""
+
+HOPPER_GATED = tuple(
+    _config(128, columns, 32, 8, 4, 16, "half as deep: the gated input passes the registers")
+    for columns in (128, 64, 32)
+)
 
 GENERAL = tuple(
-    Config(
-        f"128 × {columns}, 32 deep",
-        {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": columns, "BLOCK_K": 32},
-        num_warps=8,
-        num_stages=4,
-        why="operands of 256 columns fit 99 KB, and registers; so does a gate's product",
-    )
+    _config(128, columns, 32, 8, 4, min(32, columns), "256 columns fit 99 KB, and the registers")
     for columns in (128, 64, 32, 16)
 )
 
 FEW_ROWS = tuple(
-    Config(
-        f"64 × {columns}, {depth} deep",
-        {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": columns, "BLOCK_K": depth},
-        num_warps=4,
-        num_stages=stages,
-        why="the memories are read once, by as many programs as there can be",
-    )
-    for depth, stages in ((64, 4), (32, 5))
+    _config(64, columns, 64, 4, 4, columns, "the memories are read once, by many programs")
     for columns in (32, 16)
 )
-"""The last two for a gate, whose numbers need room, too."""
+
+FEW_ROWS_GATED = tuple(
+    _config(64, columns, 32, 4, 5, columns, "as without a gate; x and gate take more room")
+    for columns in (32, 16)
+)
 
 FINE = tuple(
-    Config(
-        f"64 × {columns}, {depth} deep, 8 warps",
-        {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": columns, "BLOCK_K": depth},
-        num_warps=8,
-        num_stages=3,
-        why="float32, whose parts fill the registers, and rows that are not aligned to 16 bytes",
-    )
+    _config(64, columns, depth, 8, 3, columns, "float32's parts and unaligned rows fill registers")
     for columns, depth in ((32, 32), (16, 16))
 )
 
@@ -105,9 +87,6 @@ FEW_ROWS_UP_TO = 64
 
 PROGRAMS_AT_ONCE = 120
 """Fewer leave too much of an H200's 132 multiprocessors idle; an estimate."""
-
-PIECE = tl.constexpr(16)
-"""Columns that are worked on at a time once their sums are complete."""
 
 
 def groups(memories: int) -> tuple[int, int]:
@@ -132,22 +111,24 @@ def choose_config(
 ) -> Config:
     """Return the configuration for ``memories`` memories, the main one counted.
 
-    The widest tiles whose sums fit the registers (the error function's needs some of them), unless
-    they are too few to fill the chip.
+    The widest tiles whose sums fit the registers beside the activation (the normal distribution
+    needs many), unless they are too few to fill the chip.
     """
     room = sum(groups(memories))
     if dtype == torch.float32 or not is_aligned:
         return FINE[room > 4]
     if rows <= FEW_ROWS_UP_TO:
-        return FEW_ROWS[2 * gated + (room > 4)]
-    most = (256 if activation == "gelu" else 384) if hopper else (192 if activation == "gelu" else 256)
-    fitting = [
-        config
-        for config in (HOPPER if hopper and not gated else GENERAL)
-        if room * config.sizes["BLOCK_COLUMNS"] <= most
-    ]
+        return (FEW_ROWS_GATED if gated else FEW_ROWS)[room > 4]
+    if hopper:
+        family, most = (HOPPER_GATED if gated else HOPPER), 384
+    else:
+        family, most = GENERAL, 256
+    if activation == "gelu":
+        most -= most // 4
+    fitting = [config for config in family if room * config.sizes["BLOCK_COLUMNS"] <= most]
     for config in fitting:
-        if triton.cdiv(rows, 128) * triton.cdiv(d_out, config.sizes["BLOCK_COLUMNS"]) >= PROGRAMS_AT_ONCE:
+        column_tiles = triton.cdiv(d_out, config.sizes["BLOCK_COLUMNS"])
+        if triton.cdiv(rows, 128) * column_tiles >= PROGRAMS_AT_ONCE:
             return config
     return fitting[-1]
 
@@ -157,7 +138,7 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "row_tiles", "column_tiles", "has_bias"])
+@triton.jit(do_not_specialize=["rows", "tokens", "row_tiles", "column_tiles", "bias_size"])
 def memory_products_kernel(
     x,
     gate,
@@ -174,7 +155,7 @@ def memory_products_kernel(
     output,
     side_outputs,
     distances,
-    has_bias,
+    bias_size,
     rows,
     tokens,
     d_in,
@@ -199,6 +180,7 @@ def memory_products_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
     dtype: tl.constexpr = x.dtype.element_ty
     FLOAT32: tl.constexpr = dtype == tl.float32
@@ -238,7 +220,6 @@ def memory_products_kernel(
     pointers += (far_lanes * memory_stride_in)[:, None] + (column * memory_stride_out)[None, :]
     inside_columns = (column < d_out)[None, :]
     total = tl.zeros((BLOCK_ROWS, FIRST_COLUMNS), tl.float32)
-    more_total = total
     if SECOND > 0:
         wide = tl.arange(0, SECOND_COLUMNS)
         column = first_column + wide % BLOCK_COLUMNS
@@ -281,17 +262,19 @@ def memory_products_kernel(
     # Pieces of columns, since a whole tile's differences do not fit the registers beside the sums;
     # and each behind a load, if only a masked one, since what does not wait for one is computed for
     # all pieces at once.
+    pieces = parts_of(total, FIRST * PIECES)
+    if SECOND > 0:
+        pieces += parts_of(more_total, SECOND * PIECES)
     sums = ()
     for _ in tl.static_range(SIDES):
         sums = sums + (tl.zeros((BLOCK_ROWS,), tl.float32),)
     for piece in tl.static_range(PIECES):
         column = first_column + piece * PIECE + tl.arange(0, PIECE)  # [PIECE]
-        shift = load_bias(bias, bias_stride, column, d_out, has_bias, INTERPRETED)
-        centre = piece_of(total, more_total, 0, piece, FIRST, SECOND, PIECES)
-        centre = activate(centre + shift, ACTIVATION)  # [BLOCK_ROWS, PIECE]
+        shift = load_bias(bias, bias_stride, column, bias_size, INTERPRETED)
+        centre = activate(pieces[piece] + shift, ACTIVATION)  # [BLOCK_ROWS, PIECE]
         new_sums = ()
         for side in tl.static_range(SIDES):
-            y = piece_of(total, more_total, side + 1, piece, FIRST, SECOND, PIECES)
+            y = pieces[(side + 1) * PIECES + piece]
             difference = activate(y + shift, ACTIVATION) - centre
             squares = tl.where((column < d_out)[None, :], difference * difference, 0.0)
             new_sums = new_sums + (sums[side] + tl.sum(squares, 1),)
@@ -310,10 +293,10 @@ def memory_products_kernel(
             else:
                 target = side_outputs + (tl.cast(rows, tl.int64) * d_out * (number - 1) + corner)
             for piece in tl.static_range(PIECES):
-                y = piece_of(total, more_total, number, piece, FIRST, SECOND, PIECES)
+                y = pieces[number * PIECES + piece]
                 lane = piece * PIECE + tl.arange(0, PIECE)
                 column = first_column + lane
-                y += load_bias(bias, bias_stride, column, d_out, has_bias, INTERPRETED)
+                y += load_bias(bias, bias_stride, column, bias_size, INTERPRETED)
                 tl.store(
                     target + (row_lanes[:, None] * d_out + lane[None, :]),
                     rounded(y, dtype, INTERPRETED),
@@ -322,27 +305,9 @@ def memory_products_kernel(
 
 
 @triton.jit
-def piece_of(
-    total,
-    more_total,
-    NUMBER: tl.constexpr,
-    PIECE: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    PIECES: tl.constexpr,
-):
-    """Return piece ``PIECE`` of ``PIECES`` of the outputs of memory ``NUMBER``."""
-    if NUMBER < FIRST:
-        return part_of(total, FIRST * PIECES, NUMBER * PIECES + PIECE)
-    else:
-        return part_of(more_total, SECOND * PIECES, (NUMBER - FIRST) * PIECES + PIECE)
-
-
-@triton.jit
-def load_bias(bias, stride, column, d_out, has_bias, INTERPRETED: tl.constexpr):
-    """Return the bias of ``column`` as a row ``[1, …]``, zeros where there is none."""
-    mask = (column < d_out) & (has_bias != 0)
-    shift = tl.load(bias + column * stride, mask=mask, other=0.0)
+def load_bias(bias, stride, column, bias_size, INTERPRETED: tl.constexpr):
+    """Return the bias of ``column`` as a row ``[1, …]``, zeros from ``bias_size`` on."""
+    shift = tl.load(bias + column * stride, mask=column < bias_size, other=0.0)
     return widened(shift, INTERPRETED).to(tl.float32)[None, :]
 
 
@@ -384,7 +349,7 @@ def memory_products(
         output=output,
         side_outputs=side_outputs,
         distances=distances,
-        has_bias=int(bias is not None),
+        bias_size=0 if bias is None else d_out,
         rows=rows,
         tokens=tokens,
         d_in=d_in,

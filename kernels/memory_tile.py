@@ -121,16 +121,13 @@ def add_tile_product(left, right, total, FLOAT32: tl.constexpr, INTERPRETED: tl.
 
 
 @triton.jit
-def part_of(tile, PARTS: tl.constexpr, PART: tl.constexpr):
-    """Return part ``PART`` of the two-dimensional ``tile``, its columns cut into ``PARTS``.
+def parts_of(tile, PARTS: tl.constexpr):
+    """Return the two-dimensional ``tile`` with its columns cut into ``PARTS``, left to right.
 
     Nothing moves: the columns of a part lie in the registers of the threads that use them.
     """
     if PARTS == 1:
-        return tile
+        return (tile,)
     else:
         left, right = halves(tile, tile.shape[0], tile.shape[1])
-        if PART < PARTS // 2:
-            return part_of(left, PARTS // 2, PART)
-        else:
-            return part_of(right, PARTS // 2, PART - PARTS // 2)
+        return parts_of(left, PARTS // 2) + parts_of(right, PARTS // 2)

@@ -75,6 +75,12 @@ class SideMemories:
         """Return the seed of the mask of the memory in training: another for every shard."""
         return self.config.seed + max(0, self.shards_begun - 1)
 
+    def drop_without_edits(self) -> None:
+        """Forget the memory in training if no edit came to be in it, whatever was tried."""
+        if self.current is not None and not self.current.edits:
+            self.current = None
+            self.shards_begun -= 1
+
     def close_shard_if_full(self) -> None:
         """Turn the memory in training into a shard after ``save_freq`` edits, and merge the shards
         after ``merge_freq``.
@@ -83,18 +89,20 @@ class SideMemories:
             return
         self.shards.append(self.current)
         self.current = None
-        if len(self.shards) == self.config.merge_freq // self.config.save_freq:
+        # Not equal to: a merge that failed is tried again with the next shard.
+        if len(self.shards) >= self.config.merge_freq // self.config.save_freq:
             self.merge_shards()
 
     def merge_shards(self) -> None:
         """Merge the finished shards into one memory (into the one there is, without
-        ``retrieve``).
+        ``retrieve``). Where the merge fails, all stay as they are.
         """
         parts, weights = list(self.shards), [1.0 / len(self.shards)] * len(self.shards)
+        others = self.merged
         if self.merged and not self.config.retrieve:
             weights = [weight * (1.0 - EARLIER_SHARE) for weight in weights] + [EARLIER_SHARE]
             parts += self.merged
-            self.merged = []
+            others = []
         weight = merge(
             self.main,
             [part.weight for part in parts],
@@ -103,12 +111,11 @@ class SideMemories:
             weights=weights,
             seed=self.config.seed,
         )
-        self.merged.append(
-            SideMemory(
-                weight,
-                min(part.smallest_gap for part in parts),
-                min(part.threshold for part in parts),
-                [edit for part in parts for edit in part.edits],
-            )
+        merged = SideMemory(
+            weight,
+            min(part.smallest_gap for part in parts),
+            min(part.threshold for part in parts),
+            [edit for part in parts for edit in part.edits],
         )
+        self.merged = [*others, merged]
         self.shards = []

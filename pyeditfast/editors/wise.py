@@ -21,12 +21,13 @@ from pyeditfast.editors.presets import default_wise_module
 from pyeditfast.editors.report import EditReport, Rejection
 from pyeditfast.editors.side_memories import SideMemories, SideMemory, WrittenEdit
 from pyeditfast.editors.turns import Turn, gather_turns
-from pyeditfast.editors.wise_config import WiseConfig
+from pyeditfast.editors.wise_config import SLOT, WiseConfig
+from pyeditfast.editors.wise_module import gap_activation, require_feed_forward, require_unrouted
 from pyeditfast.editors.wise_past import PastEdits
 from pyeditfast.editors.wise_prompts import PromptBuilder, pad_token, sample_templates
 from pyeditfast.editors.wise_thresholds import Calibration, calibrate
 from pyeditfast.editors.wise_training import EditQueries, SideMemoryTraining
-from pyeditfast.errors import EditRejectedError, UnsupportedWeightError
+from pyeditfast.errors import EditRejectedError
 from pyeditfast.model.capture import frozen
 from pyeditfast.model.edit_modules import find_edit_modules
 from pyeditfast.model.memory import is_out_of_memory, peak_memory
@@ -39,17 +40,6 @@ from pyeditfast.model.wise_linear import WiseLinear, install, remove
 from pyeditfast.phases import PhaseClock
 
 logger = logging.getLogger(__name__)
-
-ACTIVATION_NAMES = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
-"""Transformers' names of the activations that the gaps are measured behind."""
 
 
 class WiseEditor:
@@ -69,12 +59,13 @@ class WiseEditor:
         config: WiseConfig | None = None,
     ) -> None:
         config = config if config is not None else WiseConfig()
+        require_unrouted(model)
         if config.edit_module is None:
             config = dataclasses.replace(config, edit_module=default_wise_module(model))
             logger.info("edit_module not given; editing %s", config.edit_module)
         assert config.edit_module is not None
         module = find_edit_modules(model, [config.edit_module])[0]
-        _require_feed_forward(config.edit_module)
+        require_feed_forward(config.edit_module)
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
@@ -86,7 +77,7 @@ class WiseEditor:
         self.calibrations: list[Calibration] = []
         self._past = PastEdits(config)
         self._module_name = config.edit_module
-        self._activation = _activation(model, config.activation)
+        self._activation = gap_activation(model, config.activation)
         self.layer: WiseLinear = install(
             model, config.edit_module, activation=self._activation, reduction=config.reduction
         )
@@ -106,9 +97,10 @@ class WiseEditor:
         left out and reported; with ``strict`` it raises ``EditRejectedError`` instead. Edits that
         the router does not send to a side memory by their prompt alone are reported as
         ``not_routed``. ``records`` counts what was read, rejected edits included. An interrupt is
-        delivered between two batches.
+        delivered between two batches. Raises ``ValueError`` after ``detach``.
         """
         report = report if report is not None else EditReport()
+        self._require_attached()
         self._follow_the_model()
         clock = PhaseClock(self.runner.devices)
         if total is None and isinstance(edits, Sequence):
@@ -127,12 +119,18 @@ class WiseEditor:
                 vocabulary_size(self.model),
             )
             try:
+                first = self.records
                 for turn in turns:
-                    written += self._run_turn(turn, builder, strict, clock)
-                    report.edits += len(turn.edits)
-                    report.turns += bool(turn.edits)
-                    report.rejected.extend(turn.rejected)
-                    bar.update(turn.consumed)
+                    before = self.records
+                    try:
+                        self._run_turn(turn, builder, strict, clock, first, written)
+                    finally:
+                        # A held back interrupt arrives when the batch is done.
+                        if self.records > before:
+                            report.edits += len(turn.edits)
+                            report.turns += bool(turn.edits)
+                            report.rejected.extend(turn.rejected)
+                            bar.update(turn.consumed)
             finally:
                 with clock.phase("routes"):
                     self._settle_routes(builder, written, report)
@@ -154,35 +152,53 @@ class WiseEditor:
         return PromptBuilder(self.model, self.tokenizer, self.config, self.templates)
 
     def _run_turn(
-        self, turn: Turn, builder: PromptBuilder, strict: bool, clock: PhaseClock
-    ) -> list[tuple[int, WrittenEdit]]:
+        self,
+        turn: Turn,
+        builder: PromptBuilder,
+        strict: bool,
+        clock: PhaseClock,
+        first: int,
+        written: list[tuple[int, WrittenEdit]],
+    ) -> None:
+        """Carry out a batch and add its edits to ``written``; ``first`` records were read before
+        this run.
+        """
         queries: dict[int, EditQueries] = {}
-        written: dict[int, WrittenEdit] = {}
+        texts: dict[int, WrittenEdit] = {}
         with clock.phase("tokenize"):
             for index, edit in list(turn.edits.items()):
-                locality_prompt = builder.locality_prompt(edit, self.edits + index)
+                locality_prompt = builder.locality_prompt(edit, first + index)
                 built = builder.edit_queries(edit, locality_prompt)
                 if isinstance(built, str):
                     turn.reject(index, built)
                     continue
                 queries[index] = built
-                written[index] = WrittenEdit(edit, locality_prompt)
+                texts[index] = WrittenEdit(edit, locality_prompt)
         _raise_if(strict, turn)
         if not queries:
             self.records += turn.consumed
-            return []
+            return
         with interrupt_held_back():
-            self._train(turn, builder, queries, written, clock)
+            try:
+                self._train(turn, builder, queries, texts, clock)
+            finally:
+                self.memories.drop_without_edits()
+            written.extend((index, texts[index]) for index in turn.edits)
+            self.edits += len(turn.edits)
             self.records += turn.consumed
+            try:
+                with clock.phase("merge"):
+                    self.memories.close_shard_if_full()
+            finally:
+                self._publish()
         _raise_if(strict, turn)
-        return [(index, written[index]) for index in turn.edits]
 
     def _train(
         self,
         turn: Turn,
         builder: PromptBuilder,
         queries: dict[int, EditQueries],
-        written: dict[int, WrittenEdit],
+        texts: dict[int, WrittenEdit],
         clock: PhaseClock,
     ) -> None:
         memory = self.memories.trainable()
@@ -217,11 +233,7 @@ class WiseEditor:
                 )
             return
         for index, gap in zip(queries, outcome.in_gaps, strict=True):
-            memory.note(gap, written[index], self.config.act_ratio)
-        self.edits += len(queries)
-        with clock.phase("merge"):
-            self.memories.close_shard_if_full()
-        self._publish()
+            memory.note(gap, texts[index], self.config.act_ratio)
 
     def _bias(self) -> Tensor | None:
         bias = self.layer.bias
@@ -243,7 +255,8 @@ class WiseEditor:
         if self.config.calibrate:
             self._calibrate(builder)
         prompts = [builder.prompt_query(edit.edit.prompt) for _, edit in written]
-        gaps = self._gaps([query for query in prompts if isinstance(query, Query)])
+        queries = [query for query in prompts if isinstance(query, Query)]
+        gaps = self._gaps(queries, self.memories.all())
         above = (gaps > self.layer.thresholds.to(gaps.device)).any(-1).tolist()
         for (index, edit), routed in zip(written, above, strict=True):
             if not routed:
@@ -254,18 +267,18 @@ class WiseEditor:
 
     def _calibrate(self, builder: PromptBuilder) -> None:
         self.calibrations = []
-        for number, memory in enumerate(self.memories.all()):
+        for memory in self.memories.all():
             inside = [builder.prompt_query(edit.edit.prompt) for edit in memory.edits]
             outside = [builder.prompt_query(edit.locality_prompt) for edit in memory.edits]
             queries = [query for query in (*inside, *outside) if isinstance(query, Query)]
-            gaps = self._gaps(queries)[:, number].tolist()
+            gaps = self._gaps(queries, [memory])[:, 0].tolist()
             result = calibrate(gaps[: len(inside)], gaps[len(inside) :])
             memory.threshold = result.threshold
             self.calibrations.append(result)
         self._publish()
 
-    def _gaps(self, queries: Sequence[Query]) -> Tensor:
-        """Return the gaps ``[queries, memories]`` of prompts for the memories as they are."""
+    def _gaps(self, queries: Sequence[Query], memories: Sequence[SideMemory]) -> Tensor:
+        """Return the gaps ``[queries, memories]`` of prompts."""
         self._follow_the_model()
         with frozen(self.model), self.layer.suspended():
             return prompt_gaps(
@@ -273,7 +286,7 @@ class WiseEditor:
                 self._module_name,
                 queries,
                 self.memories.main,
-                [memory.weight for memory in self.memories.all()],
+                [memory.weight for memory in memories],
                 bias=self._bias(),
                 activation=self._activation,
                 reduction=self.config.reduction,
@@ -286,13 +299,15 @@ class WiseEditor:
 
     def explain(self, prompt: str) -> str:
         """Return, for a person, which memory answers ``prompt`` and why."""
-        query = self._builder().prompt_query(prompt)
+        # Templates play no part; sampling them would be a surprise.
+        builder = PromptBuilder(self.model, self.tokenizer, self.config, self.templates or (SLOT,))
+        query = builder.prompt_query(prompt)
         if isinstance(query, str):
             raise ValueError(query)
         memories = self.memories.all()
         if not memories:
             return "main memory: no edit has been made"
-        gaps = self._gaps([query])[0].tolist()
+        gaps = self._gaps([query], memories)[0].tolist()
         thresholds = [memory.threshold for memory in memories]
         best = max(
             range(len(gaps)), key=lambda number: (gaps[number] > thresholds[number], gaps[number])
@@ -308,9 +323,20 @@ class WiseEditor:
         return "\n".join(lines)
 
     def detach(self) -> PreTrainedModel:
-        """Take the side memories off the model, which is then as it was before, and return it."""
+        """Take the side memories off the model, which is then as it was before, and return it.
+
+        Raises ``ValueError`` where that was done already.
+        """
+        self._require_attached()
         remove(self.model, self._module_name)
         return self.model
+
+    def _require_attached(self) -> None:
+        if self.model.get_submodule(self._module_name) is not self.layer:
+            raise ValueError(
+                f"{self._module_name} of the model no longer holds these side memories; they were "
+                "detached: save them and load them on a model"
+            )
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the side memories and the editor's state to ``directory`` (safetensors and JSON).
@@ -359,29 +385,6 @@ class WiseEditor:
         self.templates = templates
         self.edits, self.records = edits, records
         self._publish()
-
-
-def _require_feed_forward(name: str) -> None:
-    parts = name.split(".")
-    attention = any(word in part for part in parts for word in ("attn", "attention"))
-    if attention or not any(part.isdecimal() for part in parts):
-        raise UnsupportedWeightError(
-            f"{name} is not in the feed-forward part of a block; WISE edits one of its projections"
-        )
-
-
-def _activation(model: PreTrainedModel, wanted: str | None) -> str | None:
-    if wanted != "model":
-        return wanted
-    config = model.config.get_text_config()
-    named = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
-    named = named or getattr(config, "hidden_activation", None)
-    if named not in ACTIVATION_NAMES:
-        known = ", ".join(ACTIVATION_NAMES)
-        raise ValueError(
-            f"the model's activation is {named!r}; known are {known}: set activation in WiseConfig"
-        )
-    return ACTIVATION_NAMES[named]
 
 
 def _raise_if(strict: bool, turn: Turn) -> None:

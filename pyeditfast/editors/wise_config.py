@@ -73,7 +73,7 @@ class WiseConfig:
             raise ValueError(f"edit_module is {self.edit_module!r}; pass one name")
         for name in ("n_iter", "save_freq", "merge_freq", "batch_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not _is_whole(value) or value < 1:
                 raise ValueError(f"{name} is {value!r}; a whole number of 1 or more is needed")
         if self.merge_freq % self.save_freq:
             raise ValueError(
@@ -82,27 +82,28 @@ class WiseConfig:
             )
         for name in ("edit_lr", "act_ratio"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} is {value}; a finite number above 0 is needed")
+            if not (_is_number(value) and math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value!r}; a finite number above 0 is needed")
         for name in ("mask_ratio", "density"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; a number above 0 and up to 1 is needed"
-                )
-        if self.norm_constraint is not None and not self.norm_constraint > 0:
-            raise ValueError(
-                f"norm_constraint is {self.norm_constraint}; above 0 or None is needed"
-            )
-        if not 0 <= self.seed < 1 << 32:
-            raise ValueError(f"seed is {self.seed}; 0 to 2**32 - 1 is needed")
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 < value <= 1):
+                raise ValueError(f"{name} is {value!r}; a number above 0 and up to 1 is needed")
+        limit = self.norm_constraint
+        if limit is not None and not (_is_number(limit) and limit > 0):
+            raise ValueError(f"norm_constraint is {limit!r}; above 0 or None is needed")
+        if not (_is_whole(self.seed) and 0 <= self.seed < 1 << 32):
+            raise ValueError(f"seed is {self.seed!r}; a whole number, 0 to 2**32 - 1, is needed")
+        for name in ("retrieve", "replay", "calibrate", "chat_template"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; True or False is needed")
         self._check_margins()
         self._check_names()
         self._check_texts()
 
     def _check_margins(self) -> None:
-        margins = tuple(self.act_margin)
-        if len(margins) != 3 or not all(math.isfinite(margin) for margin in margins):
-            raise ValueError(f"act_margin is {self.act_margin}; three finite numbers are needed")
+        margins = tuple(self.act_margin) if isinstance(self.act_margin, Sequence) else ()
+        if len(margins) != 3 or not all(_is_number(m) and math.isfinite(m) for m in margins):
+            raise ValueError(f"act_margin is {self.act_margin!r}; three finite numbers are needed")
         object.__setattr__(self, "act_margin", margins)
 
     def _check_names(self) -> None:
@@ -121,7 +122,7 @@ class WiseConfig:
             texts = getattr(self, name)
             if texts is None:
                 continue
-            if isinstance(texts, str) or not texts:
+            if isinstance(texts, str) or not texts or not all(isinstance(t, str) for t in texts):
                 raise ValueError(f"{name} is {texts!r}; pass a list of at least one text")
             object.__setattr__(self, name, tuple(texts))
         for template in self.templates or ():
@@ -144,3 +145,11 @@ class WiseConfig:
             if settings[name] is not None:
                 settings[name] = list(settings[name])
         return settings
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_whole(value) or isinstance(value, float)

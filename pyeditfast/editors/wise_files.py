@@ -16,6 +16,7 @@ from pyeditfast.data.edit import Edit, Probe
 from pyeditfast.editors.side_memories import SideMemories, SideMemory, WrittenEdit
 from pyeditfast.editors.sparse_difference import decode, encode
 from pyeditfast.editors.wise_config import WiseConfig
+from pyeditfast.editors.wise_module import require_unrouted
 from pyeditfast.model.edit_modules import EditModule, find_edit_modules
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def save(directory: Path, editor: WiseEditor) -> None:
         "method": METHOD,
         "config": editor.config.to_dict(),
         "templates": None if editor.templates is None else list(editor.templates),
-        "base_model": editor.model.config.name_or_path,
+        "base_model": _place(editor.model.config.name_or_path),
+        "dtype": str(memories.main.dtype).removeprefix("torch."),
         "base_fingerprint": base_fingerprint(editor.model, _module(editor)),
         "shards_begun": memories.shards_begun,
         "edits": editor.edits,
@@ -75,15 +77,24 @@ def load(
 ) -> WiseEditor:
     """Return the editor saved in ``directory``, on ``model`` or on its base model."""
     state, tensors = checkpoints.load_state(directory, METHOD)
+    own_dtype = getattr(torch, state["dtype"])
     if model is None:
         if not state["base_model"]:
             raise ValueError(f"{directory} names no base model; pass the model that was edited")
+        # The files of the base model may be of another dtype than it was edited in.
+        dtype = own_dtype if dtype == "auto" else dtype
         model, _ = checkpoints.load_model(state["base_model"], dtype=dtype, device=device)
+    require_unrouted(model)
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     config = WiseConfig(**state["config"])
     assert config.edit_module is not None
-    found = base_fingerprint(model, find_edit_modules(model, [config.edit_module])[0])
-    if found != state["base_fingerprint"]:
+    module = find_edit_modules(model, [config.edit_module])[0]
+    if module.weight.dtype != own_dtype:
+        raise ValueError(
+            f"the side memories in {directory} are {own_dtype} and the base model's {module.name} "
+            f"{module.weight.dtype}; load the base model in {own_dtype}"
+        )
+    if base_fingerprint(model, module) != state["base_fingerprint"]:
         raise ValueError(
             f"the side memories in {directory} belong to a base model with other weights "
             f"({state['base_model'] or 'unnamed'}); this model does not have them"
@@ -139,6 +150,11 @@ def base_fingerprint(model: PreTrainedModel, module: EditModule) -> str:
         sample = flat[:: max(1, flat.numel() // SAMPLED)].contiguous().cpu()
         digest.update(sample.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _place(name: str | None) -> str | None:
+    """Return a directory as an absolute path, the name of a hub (or none) as it is."""
+    return str(Path(name).absolute()) if name and Path(name).is_dir() else name
 
 
 def _module(editor: WiseEditor) -> EditModule:

@@ -52,7 +52,11 @@ def calibrate(in_gaps: Sequence[float], out_gaps: Sequence[float]) -> Calibratio
 def _middle(low: float, high: float) -> float:
     if math.isinf(high):
         return low
-    return math.sqrt(low * high) if low > 0 else 0.5 * high
+    if low == 0.0:
+        return 0.5 * high
+    # The product of two small gaps can be 0, and rounding can reach the next gap.
+    middle = math.sqrt(low) * math.sqrt(high)
+    return min(max(middle, low), math.nextafter(high, 0.0))
 
 
 def _share(gaps: Sequence[float], threshold: float, *, above: bool) -> float:

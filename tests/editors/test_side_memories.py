@@ -6,6 +6,7 @@ import pytest
 import torch
 from wise_worlds import EDITS, editor
 
+from pyeditfast.editors import side_memories
 from pyeditfast.editors.side_memories import SideMemories, WrittenEdit
 from pyeditfast.editors.wise_config import WiseConfig
 from pyeditfast.ops import merge
@@ -86,3 +87,45 @@ def test_the_editor_hands_its_memories_to_the_router(retrieve):
         counts.append(len(wise.layer.side_weights))
     assert counts == ([1, 1, 2, 2, 3] if retrieve else [1, 1, 2, 1, 2])
     assert len(wise.layer.thresholds) == counts[-1]
+
+
+def failing(*args, **options):
+    raise RuntimeError("no room to merge")
+
+
+@pytest.mark.parametrize("retrieve", [True, False])
+def test_a_merge_that_fails_loses_nothing_and_is_tried_again(retrieve, monkeypatch):
+    memories = filled([1.0] * 4, retrieve=retrieve)
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="no room"):
+        broken.setattr(side_memories, "merge", failing)
+        for _ in range(4):
+            write(memories, 1.0)
+    assert [len(memory.edits) for memory in memories.all()] == [4, 2, 2]
+    write(memories, 1.0)
+    write(memories, 1.0)
+    assert [len(memory.edits) for memory in memories.all()] == ([4, 6] if retrieve else [10])
+
+
+def test_a_merge_that_fails_leaves_an_editor_that_can_be_used(monkeypatch, tmp_path):
+    wise = editor(save_freq=1, merge_freq=2, n_iter=3)
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="no room"):
+        broken.setattr(side_memories, "merge", failing)
+        wise.edit(EDITS[:3])
+    assert (wise.edits, wise.records) == (2, 2)
+    assert len(wise.layer.side_weights) == 2
+    wise.save(tmp_path)
+    assert wise.edit(EDITS[2:3]).edits == 1
+    assert [len(memory.edits) for memory in wise.memories.all()] == [3]
+
+
+def test_a_memory_without_edits_is_dropped_and_its_mask_used_again():
+    memories = filled([1.0, 1.0], seed=7)
+    memories.trainable()
+    assert memories.mask_seed == 8
+    memories.drop_without_edits()
+    assert memories.current is None
+    memories.trainable()
+    assert memories.mask_seed == 8
+    write(memories, 1.0)
+    memories.drop_without_edits()
+    assert len(memories.current.edits) == 1

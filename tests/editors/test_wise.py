@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 
 import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 from wise_worlds import EDITS, editor, settings
 
-from pyeditfast import Edit, WiseConfig, WiseEditor
+from pyeditfast import Edit, EditReport, WiseConfig, WiseEditor
+from pyeditfast.editors import wise_training
 from pyeditfast.errors import EditRejectedError, UnknownModuleError, UnsupportedWeightError
 from pyeditfast.ops import random_mask
 
@@ -269,3 +272,81 @@ def test_a_model_that_was_converted_is_edited_on():
     assert wise.edit(EDITS[1:2]).edits == 1
     assert wise.memories.current.weight.dtype == torch.float64
     assert len(wise.memories.current.edits) == 2
+
+
+def test_the_pool_of_locality_prompts_is_walked_whatever_the_calls():
+    alone = [Edit(edit.prompt, edit.target) for edit in EDITS[:4]]
+    together, apart = (editor(locality_prompts=list("abcd"), n_iter=2) for _ in range(2))
+    together.edit(alone)
+    apart.edit(alone[:1])
+    apart.edit(alone[1:])
+    for wise in (together, apart):
+        assert [edit.locality_prompt for edit in wise.memories.current.edits] == list("abcd")
+
+
+def test_an_interrupted_run_reports_its_last_edit(monkeypatch):
+    wise, report = editor(n_iter=3, act_ratio=100.0), EditReport()
+    run = wise_training.SideMemoryTraining.run
+
+    def interrupted(self, seed):
+        if wise.edits == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return run(self, seed)
+
+    monkeypatch.setattr(wise_training.SideMemoryTraining, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        wise.edit(EDITS[:4], report=report)
+    assert (wise.edits, wise.records) == (2, 2)
+    assert (report.edits, report.turns) == (2, 2)
+    assert [item.index for item in report.not_routed] == [0, 1]
+
+
+def test_an_error_in_the_first_edit_of_a_shard_leaves_no_trace(monkeypatch):
+    wise, clean = editor(), editor()
+    logits, calls = wise_training.SuffixReplay.answer_logits, iter(range(1000))
+
+    def failing(self, output):
+        if next(calls) == 5:
+            raise RuntimeError("in the middle")
+        return logits(self, output)
+
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="in the middle"):
+        broken.setattr(wise_training.SuffixReplay, "answer_logits", failing)
+        wise.edit(EDITS[:1])
+    assert (wise.edits, wise.records, wise.memories.current) == (0, 0, None)
+    for each in (wise, clean):
+        each.edit(EDITS[:1])
+    assert torch.equal(wise.memories.current.weight, clean.memories.current.weight)
+
+
+def test_a_model_that_was_converted_after_a_rejected_first_edit_is_edited():
+    wise = editor(edit_lr=1e30, norm_constraint=None)
+    assert wise.edit(EDITS[:1]).rejected
+    wise.model.to(torch.float64)
+    wise.edit(EDITS[:1])
+    assert wise.memories.main.dtype == torch.float64
+
+
+def test_refuses_a_model_that_has_side_memories():
+    wise = editor()
+    with pytest.raises(ValueError, match="has side memories already"):
+        WiseEditor(wise.model, wise.tokenizer, wise.config)
+
+
+def test_a_detached_editor_leaves_the_model_alone():
+    wise = editor()
+    wise.edit(EDITS[:1])
+    model = wise.detach()
+    other = WiseEditor(model, wise.tokenizer, wise.config)
+    with pytest.raises(ValueError, match="they were detached"):
+        wise.detach()
+    with pytest.raises(ValueError, match="they were detached"):
+        wise.edit(EDITS[1:2])
+    assert wise.edits == 1
+    assert model.get_submodule(wise.config.edit_module) is other.layer
+
+
+def test_explaining_samples_no_templates():
+    wise = editor(templates=None)
+    wise.explain("The sky is")
+    assert wise.templates is None

@@ -35,6 +35,17 @@ REFUSED = [
     ({"templates": ["no slot"]}, "'no slot' does not hold {} exactly once"),
     ({"templates": ["{} and {}"]}, "does not hold {} exactly once"),
     ({"locality_prompts": ()}, "locality_prompts is \\(\\)"),
+    ({"templates": [1]}, "templates is \\[1\\]"),
+    ({"locality_prompts": [3]}, "locality_prompts is \\[3\\]"),
+    ({"seed": 0.5}, "seed is 0.5"),
+    ({"seed": True}, "seed is True"),
+    ({"n_iter": True}, "n_iter is True"),
+    ({"edit_lr": "1"}, "edit_lr is '1'"),
+    ({"mask_ratio": "half"}, "mask_ratio is 'half'"),
+    ({"norm_constraint": "x"}, "norm_constraint is 'x'"),
+    ({"act_margin": 5}, "act_margin is 5; three finite numbers"),
+    ({"act_margin": "abc"}, "act_margin is 'abc'; three finite numbers"),
+    ({"retrieve": "no"}, "retrieve is 'no'"),
     ({"edit_module": ["a"]}, "edit_module is \\['a'\\]"),
 ]
 

@@ -131,3 +131,48 @@ def test_export_takes_exactly_one_side_memory(tmp_path):
     wise.edit(EDITS[:3])
     with pytest.raises(ValueError, match="there are 2 side memories"):
         wise.export(tmp_path)
+
+
+def saved_base(folder):
+    tiny_model("llama", layers=4).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_base_model_named_by_a_relative_path_is_found_from_anywhere(tmp_path, monkeypatch):
+    saved_base(tmp_path / "base")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    wise = WiseEditor(*pyeditfast.load_model("base"), editor().config)
+    wise.edit(EDITS[:1])
+    wise.save("edited")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded, _ = pyeditfast.load_model("../edited")
+    assert torch.equal(answer(loaded), answer(wise.model))
+
+
+def test_comes_back_in_the_dtype_it_was_edited_in(tmp_path):
+    model, tokenizer = pyeditfast.load_model(saved_base(tmp_path / "base"), dtype=torch.bfloat16)
+    wise = WiseEditor(model, tokenizer, editor().config)
+    wise.edit(EDITS[:1])
+    wise.save(tmp_path / "edited")
+    loaded = WiseEditor.load(tmp_path / "edited")
+    assert loaded.layer.weight.dtype == torch.bfloat16
+    assert torch.equal(loaded.memories.all()[0].weight, wise.memories.all()[0].weight)
+
+
+def test_says_which_dtype_the_base_model_must_have(tmp_path):
+    wise = editor()
+    wise.edit(EDITS[:1])
+    wise.save(tmp_path)
+    model = tiny_model("llama", dtype=torch.bfloat16, layers=4)
+    with pytest.raises(ValueError, match=r"load the base model in torch\.float32"):
+        WiseEditor.load(tmp_path, model)
+
+
+def test_refuses_a_model_that_has_side_memories(tmp_path):
+    wise = editor()
+    wise.edit(EDITS[:1])
+    wise.save(tmp_path)
+    with pytest.raises(ValueError, match="has side memories already"):
+        WiseEditor.load(tmp_path, wise.model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pyeditfast.editors.wise_thresholds import calibrate
@@ -43,6 +43,9 @@ def test_reports_both_kinds_of_error():
 
 
 @given(GAPS.filter(bool), GAPS)
+@example([5e-113], [1e-220])
+@example([math.nextafter(3.0, 4.0)], [3.0])
+@example([3.0], [math.nextafter(3.0, 0.0)])
 def test_no_threshold_makes_fewer_errors(in_gaps, out_gaps):
     result = calibrate(in_gaps, out_gaps)
     found = errors(in_gaps, out_gaps, result.threshold)

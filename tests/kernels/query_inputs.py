@@ -32,6 +32,7 @@ def config_of(rows: int, columns: int, depth: int) -> Config:
 
 
 SMALL = config_of(16, 16, 16)
+LARGE = config_of(128, 16, 16)
 
 
 @dataclass(frozen=True)
