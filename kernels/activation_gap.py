@@ -92,10 +92,7 @@ def query_gaps_kernel(
     if REDUCTION != "mean":
         # Gaps are not negative: only a NaN among them makes their sum one.
         maximum = tl.where(total == total, tl.max(largest, 0), total)
-        if REDUCTION == "max":
-            result = maximum
-        else:
-            result = tl.where(count > MEAN_UP_TO, maximum, result)
+        result = maximum if REDUCTION == "max" else tl.where(count > MEAN_UP_TO, maximum, result)
     tl.store(gaps + query * SIDES + side, result)
 
 

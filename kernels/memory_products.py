@@ -12,9 +12,13 @@ float32), x and the memories read once, ``(1 + M) rows · d_out`` elements writt
 
 Equal columns of several memories stand side by side in one operand, ``[BLOCK_K, memories ·
 BLOCK_COLUMNS]``, which keeps the tensor core instructions wide. An operand's columns are a power of
-two: the largest that the memories fill is the first, the rest a second. With a gate the product
-``act(gate) · x`` is made anew by every column tile, which costs ``2 rows · d_in · d_out /
-BLOCK_COLUMNS`` exponentials and divisions; it is never written.
+two: the largest that the memories fill is the first, the rest a second.
+
+With a gate the product ``act(gate) · x`` is made anew by every column tile and never written. That
+is ``rows · d_in · d_out / BLOCK_COLUMNS`` activations: hidden behind the memories' bytes for a few
+rows; for 512 rows, 14336 → 4096 and tiles of 128 columns 235 million, 0.13 ms of an H200's special
+function units beside 0.24 ms of its tensor cores, where to write the product once and read it would
+take about 0.01 ms. Counted, not measured.
 """
 
 from __future__ import annotations
@@ -37,7 +41,6 @@ from pyeditfast_kernels.memory_tile import (
     side_arguments,
     strides_of_input,
 )
-from pyeditfast_kernels.modules import aligned
 from pyeditfast_kernels.tile_order import grouped_tile
 from pyeditfast_kernels.tile_product import widened
 
@@ -267,7 +270,7 @@ def memory_products_kernel(
         pieces += parts_of(more_total, SECOND * PIECES)
     sums = ()
     for _ in tl.static_range(SIDES):
-        sums = sums + (tl.zeros((BLOCK_ROWS,), tl.float32),)
+        sums += (tl.zeros((BLOCK_ROWS,), tl.float32),)
     for piece in tl.static_range(PIECES):
         column = first_column + piece * PIECE + tl.arange(0, PIECE)  # [PIECE]
         shift = load_bias(bias, bias_stride, column, bias_size, INTERPRETED)
@@ -277,7 +280,7 @@ def memory_products_kernel(
             y = pieces[(side + 1) * PIECES + piece]
             difference = activate(y + shift, ACTIVATION) - centre
             squares = tl.where((column < d_out)[None, :], difference * difference, 0.0)
-            new_sums = new_sums + (sums[side] + tl.sum(squares, 1),)
+            new_sums += (sums[side] + tl.sum(squares, 1),)
         sums = new_sums
     for side in tl.static_range(SIDES):
         place = (tile_column.to(tl.int64) * SIDES + side) * rows + row
@@ -334,9 +337,7 @@ def memory_products(
     row_tiles = triton.cdiv(rows, config.sizes["BLOCK_ROWS"])
     column_tiles = triton.cdiv(d_out, config.sizes["BLOCK_COLUMNS"])
     first, second = groups(1 + len(sides))
-    distances = torch.empty(
-        (column_tiles, len(sides), rows), dtype=torch.float32, device=x.device
-    )
+    distances = torch.empty((column_tiles, len(sides), rows), dtype=torch.float32, device=x.device)
     launch(
         memory_products_kernel,
         (row_tiles * column_tiles,),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -43,16 +42,12 @@ def side_arguments(sides: Sequence[Tensor]) -> dict[str, Tensor | None]:
 
 def strides_of_input(name: str, tensor: Tensor | None) -> dict[str, int]:
     """Return the strides of an input ``[batch, tokens, d]``, or of None, for a kernel."""
-    strides = (0, 0, 0) if tensor is None else tensor.stride()
-    return dict(
-        zip((f"{name}_stride_batch", f"{name}_stride_token", f"{name}_stride_d"), strides)
-    )
+    batch, token, d = (0, 0, 0) if tensor is None else tensor.stride()
+    return {f"{name}_stride_batch": batch, f"{name}_stride_token": token, f"{name}_stride_d": d}
 
 
 @triton.jit
-def memory_pointer(
-    number, main, side_0, side_1, side_2, side_3, side_4, side_5, side_6, side_7
-):
+def memory_pointer(number, main, side_0, side_1, side_2, side_3, side_4, side_5, side_6, side_7):
     """Return the pointers to the memories of ``number``, a number or a tensor of them.
 
     Numbers without a memory give ``main``.

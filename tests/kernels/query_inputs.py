@@ -1,4 +1,4 @@
-"""Inputs of the kernels for whole prompts: queries, memories that differ from the main one, masks."""
+"""Inputs of the kernels for whole prompts: queries, memories, masks and gates."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def config_of(rows: int, columns: int, depth: int) -> Config:
     return Config("small", sizes, num_warps=4, num_stages=2, why="for tests")
 
 
-SMALL = config_of(16, 16, 16)
+SMALL = config_of(32, 32, 32)
 LARGE = config_of(128, 16, 16)
 
 

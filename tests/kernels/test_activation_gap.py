@@ -1,4 +1,4 @@
-"""activation_gap: the kernels against ``reduce_t ‖ act(W' x_t + b) − act(W x_t + b) ‖`` in float64."""
+"""activation_gap: the kernels against ``‖ act(W' x_t + b) − act(W x_t + b) ‖`` in float64."""
 
 from __future__ import annotations
 
@@ -116,16 +116,14 @@ def test_every_configuration(device, config):
 
 
 @pytest.mark.parametrize("sides", range(1, 9))
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
-def test_every_number_of_memories(device, dtype, sides):
-    assert_equals_formula(queries(2, 9, 33, 37, sides, dtype, device))
+def test_every_number_of_memories(device, sides):
+    assert_equals_formula(queries(2, 9, 33, 37, sides, torch.bfloat16, device))
 
 
-@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_activations(device, dtype, activation, bias):
-    inputs = queries(2, 11, 47, 29, 2, dtype, device, bias=bias, scale=5.0)
+def test_activations(device, dtype, activation):
+    inputs = queries(2, 11, 47, 29, 2, dtype, device, bias=True, scale=5.0)
     assert_equals_formula(inputs, activation)
 
 
@@ -165,10 +163,8 @@ def test_beyond_100_counted_tokens_the_maximum_counts(device):
 def test_any_shape(
     device, batch, tokens, d_in, d_out, sides, dtype, activation, reduction, bias, masked
 ):
-    inputs = queries(
-        batch, tokens, d_in, d_out, sides, dtype, device, bias=bias, masked=masked
-    )
-    assert_equals_formula(inputs, activation, reduction)
+    shape = (batch, tokens, d_in, d_out, sides, dtype, device)
+    assert_equals_formula(queries(*shape, bias=bias, masked=masked), activation, reduction)
 
 
 def test_by_hand(device):
@@ -261,7 +257,8 @@ def test_nan_in_a_side_memory_stays_in_its_gaps(device):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "config"), [(torch.bfloat16, CONFIGS[0]), (torch.float16, SMALL), (torch.float32, None)]
+    ("dtype", "config"),
+    [(torch.bfloat16, CONFIGS[0]), (torch.float16, SMALL), (torch.float32, None)],
 )
 def test_gives_the_same_bits_twice(device, dtype, config):
     inputs = queries(3, 11, 40, 37, 3, dtype, device, bias=True, masked=True)

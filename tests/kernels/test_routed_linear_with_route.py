@@ -19,7 +19,7 @@ from truncation import truncate_dots
 
 from pyeditfast import reference
 from pyeditfast.ops import routed_linear
-from pyeditfast_kernels import routed_linear as kernels
+from pyeditfast_kernels import routed_product as kernels
 from pyeditfast_kernels.launch import Config, interprets
 
 CONFIGS = (
@@ -32,7 +32,7 @@ CONFIGS = (
 
 SMALL = Config(
     "small",
-    {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 16, "BLOCK_K": 16},
+    {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 32, "BLOCK_K": 32},
     num_warps=4,
     num_stages=2,
     why="small inputs have several tiles",
