@@ -43,8 +43,8 @@ def sixteen_layers() -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def ours(model: PreTrainedModel, tokenizer, quirks: str) -> WiseEditor:
-    config = WiseConfig(MODULE, n_iter=STEPS, templates=TEMPLATES, quirks=quirks)
+def ours(model: PreTrainedModel, tokenizer, quirks: str, steps: int = STEPS) -> WiseEditor:
+    config = WiseConfig(MODULE, n_iter=steps, templates=TEMPLATES, quirks=quirks)
     return WiseEditor(model, tokenizer, config)
 
 
@@ -74,7 +74,11 @@ def bench_one_edit(benchmark, contender, quirks, real_edits, tokenizer):
         def run():
             other.edit(edit.prompt, edit.target, edit.locality_prompt)
 
-        benchmark.pedantic(run, setup=fresh, rounds=2, warmup_rounds=1)
+        # Two steps warm up: a whole edit takes long.
+        other.n_iter = 2
+        run()
+        other.n_iter = STEPS
+        benchmark.pedantic(run, setup=fresh, rounds=2)
         return
 
     def fresh():
@@ -83,7 +87,8 @@ def bench_one_edit(benchmark, contender, quirks, real_edits, tokenizer):
     def run():
         assert editor.edit([edit]).edits == 1
 
-    benchmark.pedantic(run, setup=fresh, rounds=7, warmup_rounds=1)
+    ours(copy.deepcopy(base), tokenizer, quirks, steps=2).edit([edit])
+    benchmark.pedantic(run, setup=fresh, rounds=5)
     expected = theirs(base, tokenizer, quirks)
     expected.edit(edit.prompt, edit.target, edit.locality_prompt)
     main = editor.memories.main

@@ -57,7 +57,7 @@ def summarise(report: dict[str, Any]) -> dict[str, Any]:
         "date": report["datetime"][:10],
         "commit": commit(),
         "cpu": report["machine_info"]["cpu"].get("brand_raw", "unknown"),
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "gpu": device,
         "versions": {
             name: version(name) for name in ("pyeditfast", "torch", "transformers", "numpy")

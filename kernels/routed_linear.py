@@ -87,8 +87,8 @@ def select_kernel(
     is_side = side < SIDES
     gap = tl.load(gaps + query * SIDES + side, mask=is_side, other=0.0)  # [PADDED_SIDES]
     threshold = tl.load(thresholds + side * thresholds_stride, mask=is_side, other=0.0)
-    # A NaN is above nothing, and the first of equals is chosen.
-    above = is_side & (gap > threshold)
+    # A NaN is above nothing, nor is what is no side; the first of equals is chosen.
+    above = gap > threshold
     largest = tl.max(tl.where(above, gap, float("-inf")), 0)
     first = tl.min(tl.where(above & (gap == largest), side, PADDED_SIDES), 0)
     chosen = tl.where(first < PADDED_SIDES, first, -1).to(tl.int64)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -100,13 +101,16 @@ def load_state(directory: Path, method: str) -> tuple[dict[str, Any], dict[str, 
     path = directory / STATE_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no {STATE_FILE}; it was not saved by an editor")
-    state = json.loads(path.read_text())
-    if state.get("format") != FORMAT or state.get("method") != method:
-        raise ValueError(
-            f"{path} is of format {state.get('format')!r}, method {state.get('method')!r}; "
-            f"format {FORMAT}, method {method!r} is needed"
-        )
-    return state, load_file(directory / TENSOR_FILE)
+    try:
+        state = json.loads(path.read_text())
+        if state.get("format") != FORMAT or state.get("method") != method:
+            raise ValueError(
+                f"{path} is of format {state.get('format')!r}, method {state.get('method')!r}; "
+                f"format {FORMAT}, method {method!r} is needed"
+            )
+        return state, load_file(directory / TENSOR_FILE)
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{directory} holds a damaged save: {error}") from error
 
 
 def check_fingerprint(

@@ -183,7 +183,7 @@ def test_every_option_reaches_its_setting(model_dir, tmp_path, monkeypatch, run)
         *("--act-margin", 1, 4, 2, "--act-ratio", 0.7, "--norm-constraint", "none"),
         *("--save-freq", 5, "--merge-freq", 10, "--merge-alg", "linear", "--density", 0.4),
         *("--no-retrieve", "--replay", "--calibrate", "--template", "{}?", "--chat-template"),
-        *("--locality-prompts", pool, "--quirks", "published", "--batch-size", 2),
+        *("--locality-prompts", pool, "--quirks", "published", "--batch-size", 5),
         *("--activation", "none", "--reduction", "max", "--seed", 7),
     )
     command = ("edit", model_dir, edits, "--out", tmp_path / "out", "--method", "wise")
@@ -210,7 +210,7 @@ def test_every_option_reaches_its_setting(model_dir, tmp_path, monkeypatch, run)
         templates=("{}?",),
         locality_prompts=("First prompt", "second prompt"),
         chat_template=True,
-        batch_size=2,
+        batch_size=5,
     )
     assert seen.pop() == expected
     changed = {

@@ -24,7 +24,7 @@ from pyeditfast.editors.ultraedit_config import UltraEditConfig
 from pyeditfast.errors import EditRejectedError, NumericalError, PassTooLargeError
 from pyeditfast.model.edit_modules import EditModule, find_edit_modules
 from pyeditfast.model.gradients import TurnGradients, turn_gradients
-from pyeditfast.model.memory import peak_memory
+from pyeditfast.model.memory import peak_memory, reset_peak_memory
 from pyeditfast.model.passes import longest_first
 from pyeditfast.model.runner import ModelRunner
 from pyeditfast.model.sequences import AnswerSequence, context_length, vocabulary_size
@@ -111,9 +111,7 @@ class UltraEditor:
         """
         report = report if report is not None else EditReport()
         clock = PhaseClock(self.runner.devices)
-        for device in self.runner.devices:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
+        reset_peak_memory(self.runner.devices)
         if total is None and isinstance(edits, Sequence):
             total = len(edits)
         start = time.perf_counter()

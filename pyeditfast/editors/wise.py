@@ -30,13 +30,14 @@ from pyeditfast.editors.wise_training import EditQueries, SideMemoryTraining
 from pyeditfast.errors import EditRejectedError
 from pyeditfast.model.capture import frozen
 from pyeditfast.model.edit_modules import find_edit_modules
-from pyeditfast.model.memory import is_out_of_memory, peak_memory
+from pyeditfast.model.memory import is_out_of_memory, peak_memory, reset_peak_memory
 from pyeditfast.model.query_batch import Query
 from pyeditfast.model.query_gaps import prompt_gaps
 from pyeditfast.model.query_routing import Route
 from pyeditfast.model.runner import ModelRunner
 from pyeditfast.model.sequences import context_length, vocabulary_size
 from pyeditfast.model.wise_linear import WiseLinear, install, remove
+from pyeditfast.ops import MOST_IN_A_KERNEL
 from pyeditfast.phases import PhaseClock
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class WiseEditor:
         self._require_attached()
         self._follow_the_model()
         clock = PhaseClock(self.runner.devices)
+        reset_peak_memory(self.runner.devices)
         if total is None and isinstance(edits, Sequence):
             total = len(edits)
         start = time.perf_counter()
@@ -146,7 +148,7 @@ class WiseEditor:
 
     def _builder(self) -> PromptBuilder:
         if self.templates is None:
-            with self.layer.suspended():
+            with frozen(self.model), self.layer.suspended():
                 self.templates = sample_templates(self.model, self.tokenizer, self.config.seed)
             logger.info("templates: %s", self.templates)
         return PromptBuilder(self.model, self.tokenizer, self.config, self.templates)
@@ -242,6 +244,12 @@ class WiseEditor:
     def _publish(self) -> None:
         """Let the router know the memories as they are."""
         memories = self.memories.all()
+        if len(memories) == MOST_IN_A_KERNEL + 1:
+            logger.warning(
+                "%d side memories are more than the kernels take (%d); torch routes from here on",
+                len(memories),
+                MOST_IN_A_KERNEL,
+            )
         self.layer.set_memories(
             [memory.weight for memory in memories], [memory.threshold for memory in memories]
         )
@@ -390,6 +398,3 @@ class WiseEditor:
 def _raise_if(strict: bool, turn: Turn) -> None:
     if strict and turn.rejected:
         raise EditRejectedError(str(turn.rejected[0]))
-
-
-__all__ = ["SideMemory", "WiseEditor"]

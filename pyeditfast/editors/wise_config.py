@@ -80,6 +80,11 @@ class WiseConfig:
                 f"merge_freq {self.merge_freq} is not a multiple of save_freq {self.save_freq}; "
                 "a merge takes whole shards"
             )
+        if self.save_freq % self.batch_size:
+            raise ValueError(
+                f"save_freq {self.save_freq} is not a multiple of batch_size {self.batch_size}; "
+                "a shard takes whole batches"
+            )
         for name in ("edit_lr", "act_ratio"):
             value = getattr(self, name)
             if not (_is_number(value) and math.isfinite(value) and value > 0):

@@ -83,3 +83,10 @@ def peak_memory(devices: Iterable[torch.device]) -> int:
         return sum(torch.cuda.max_memory_allocated(device) for device in cuda)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory(devices: Iterable[torch.device]) -> None:
+    """Begin to measure the peak of CUDA devices anew; that of a process cannot be reset."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)

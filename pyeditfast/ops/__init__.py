@@ -12,6 +12,7 @@ from pyeditfast.ops.edit_values import edit_values
 from pyeditfast.ops.gram import gram
 from pyeditfast.ops.magnitude_threshold import magnitude_threshold
 from pyeditfast.ops.masked_sgd import masked_sgd_, masked_sgd_product_
+from pyeditfast.ops.memories import MOST_IN_A_KERNEL
 from pyeditfast.ops.merge import merge
 from pyeditfast.ops.random_mask import random_mask, random_uniform
 from pyeditfast.ops.routed_linear import routed_linear
@@ -25,6 +26,7 @@ from pyeditfast.reference.solve_shift import Shift
 
 __all__ = [
     "ACTIVATIONS",
+    "MOST_IN_A_KERNEL",
     "REDUCTIONS",
     "Routed",
     "RunningMoments",

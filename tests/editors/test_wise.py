@@ -219,7 +219,7 @@ def test_braces_in_prompts_and_targets_are_text():
 
 
 def test_batches_of_edits_share_their_steps():
-    wise = editor(batch_size=3)
+    wise = editor(batch_size=3, save_freq=9, merge_freq=9)
     report = wise.edit(EDITS)
     assert (report.edits, report.turns) == (6, 2)
     assert len(wise.memories.current.edits) == 6
@@ -350,3 +350,10 @@ def test_explaining_samples_no_templates():
     wise = editor(templates=None)
     wise.explain("The sky is")
     assert wise.templates is None
+
+
+def test_more_memories_than_the_kernels_take_are_named_once(caplog):
+    wise = editor(save_freq=1, merge_freq=100, n_iter=1)
+    wise.edit([*EDITS, *EDITS])
+    told = [text for text in caplog.messages if "more than the kernels take" in text]
+    assert len(told) == 1 and told[0].startswith("9 side memories")

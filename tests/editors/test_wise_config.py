@@ -16,6 +16,7 @@ REFUSED = [
     ({"n_iter": 1.5}, "n_iter is 1.5"),
     ({"batch_size": 0}, "batch_size is 0"),
     ({"save_freq": 3, "merge_freq": 10}, "merge_freq 10 is not a multiple of save_freq 3"),
+    ({"batch_size": 3}, "save_freq 500 is not a multiple of batch_size 3"),
     ({"edit_lr": 0.0}, "edit_lr is 0.0"),
     ({"edit_lr": float("nan")}, "edit_lr is nan"),
     ({"act_ratio": -1.0}, "act_ratio is -1.0"),

@@ -176,3 +176,13 @@ def test_refuses_a_model_that_has_side_memories(tmp_path):
     wise.save(tmp_path)
     with pytest.raises(ValueError, match="has side memories already"):
         WiseEditor.load(tmp_path, wise.model)
+
+
+@pytest.mark.parametrize("name", ["pyeditfast.json", "pyeditfast.safetensors"])
+def test_a_damaged_file_is_named(name, tmp_path):
+    wise = editor()
+    wise.edit(EDITS[:1])
+    wise.save(tmp_path)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-20])
+    with pytest.raises(ValueError, match="holds a damaged save"):
+        WiseEditor.load(tmp_path, tiny_model("llama", layers=4))

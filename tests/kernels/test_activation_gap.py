@@ -227,13 +227,22 @@ def test_a_query_without_counted_tokens_has_gap_0(device, reduction):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("tokens", [21, 101])
-def test_nan_in_a_counted_token_stays_in_its_query(device, tokens, reduction):
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_nan_in_a_counted_token_stays_in_its_query(device, activation, tokens, reduction):
     inputs = queries(3, tokens, 19, 11, 2, torch.bfloat16, device)
-    expected = launch(inputs, None, reduction, LARGE)
+    expected = launch(inputs, activation, reduction, LARGE)
     inputs.x[1, 20, 18] = math.nan
-    result = launch(inputs, None, reduction, LARGE)
+    result = launch(inputs, activation, reduction, LARGE)
     assert result[1].isnan().all()
     assert same_bits(result[[0, 2]], expected[[0, 2]])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_an_infinite_difference_is_an_infinite_gap(device):
+    # Not in float32, whose parts make NaN of infinity.
+    x, one = (torch.full((1, 1, 1), value, device=device).half() for value in (math.inf, 1.0))
+    one = one[0]
+    assert launch(Queries(x, one, [-one])).tolist() == [[math.inf]]
 
 
 def test_nan_in_a_side_memory_stays_in_its_gaps(device):
