@@ -51,16 +51,10 @@ def plain(inputs: Queries, activation: str | None, reduction: str) -> Tensor:
     # Products of 16-bit numbers are exact in float32, but tensor cores cut off when they add.
     if interprets() or inputs.x.dtype == torch.float32:
         return formula(inputs, activation, reduction, torch.float32)
+    options = {"bias": inputs.bias, "reduction": reduction, "mask": inputs.mask}
     with backend("torch"):
-        return activation_gap(
-            inputs.x,
-            inputs.main,
-            inputs.sides,
-            bias=inputs.bias,
-            activation=activation,
-            reduction=reduction,
-            mask=inputs.mask,
-        ).cpu()
+        gaps = activation_gap(inputs.x, inputs.main, inputs.sides, activation=activation, **options)
+    return gaps.cpu()
 
 
 def assert_equals_formula(inputs, activation=None, reduction="auto", config=SMALL) -> None:
@@ -324,10 +318,10 @@ def test_addresses_beyond_32_bits(monkeypatch):
         pytest.skip("a GPU has no memory without memory")
     seen = Addresses(monkeypatch)
     # Strides that fit in 32 bits, times indices that then do not.
-    x = FarTensor(1 << 60, (2, 9, 18), torch.bfloat16, (1 << 40, 1 << 36, 1 << 30))
+    strides = ((1 << 30) + 64, (1 << 30) + 1, 1 << 27)
+    x = FarTensor(1 << 60, (3, 9, 18), torch.bfloat16, strides)
     memories = [
-        FarTensor(number << 55, (17, 18), torch.bfloat16, (1 << 36, 1 << 30))
-        for number in range(1, 10)
+        FarTensor(number << 55, (17, 18), torch.bfloat16, strides[1:]) for number in range(1, 10)
     ]
     tiny = config_of(16, 16, 16)
     kernels.activation_gap(x, memories[0], memories[1:], None, None, "mean", None, tiny)
@@ -371,10 +365,12 @@ def test_tiles_are_as_wide_as_registers_and_the_chip_allow():
     # One row of tiles: narrow ones, so that there are 128 of them.
     assert columns(128, 2) == (128, 32, 32) and columns(256, 2) == (128, 64, 32)
     assert columns(100, 2, d_out=64) == (128, 16, 32)
-    for room in (3, 9):
-        fine = products.choose_config(512, 4096, room, torch.float32, True, None, False, True)
-        odd = products.choose_config(512, 4096, room, torch.float16, False, None, False, True)
-        assert fine is odd is products.FINE[room > 4]
+    for memories in (3, 9):
+        for dtype, is_aligned in ((torch.float32, True), (torch.float16, False)):
+            chosen = products.choose_config(
+                512, 4096, memories, dtype, is_aligned, None, False, True
+            )
+            assert chosen is products.FINE[memories > 4]
 
 
 def test_seven_memories_take_the_room_of_eight():
@@ -385,9 +381,8 @@ def test_seven_memories_take_the_room_of_eight():
 
 def test_the_op_takes_the_kernel(device):
     inputs = queries(2, 5, 37, 29, 2, torch.float16, device, bias=True, masked=True)
-    result = activation_gap(
-        inputs.x, inputs.main, inputs.sides, bias=inputs.bias, activation="silu", mask=inputs.mask
-    )
+    options = {"bias": inputs.bias, "activation": "silu", "mask": inputs.mask}
+    result = activation_gap(inputs.x, inputs.main, inputs.sides, **options)
     assert same_bits(result, launch(inputs, "silu", config=None))
 
 

@@ -267,15 +267,12 @@ def test_addresses_beyond_32_bits_and_of_the_memory_in_use_alone(monkeypatch):
     seen = Addresses(monkeypatch)
     # Strides that fit in 32 bits, times indices that then do not. Loads give zeros: a route to
     # the first side memory.
-    x, gate = (
-        FarTensor(number << 60, (2, 9, 18), torch.bfloat16, (1 << 40, 1 << 36, 1 << 30))
-        for number in (1, 2)
-    )
+    strides = ((1 << 30) + 64, (1 << 30) + 1, 1 << 27)
+    x, gate = (FarTensor(number << 60, (3, 9, 18), torch.bfloat16, strides) for number in (1, 2))
     memories = [
-        FarTensor(number << 55, (17, 18), torch.bfloat16, (1 << 36, 1 << 30))
-        for number in range(1, 10)
+        FarTensor(number << 55, (17, 18), torch.bfloat16, strides[1:]) for number in range(1, 10)
     ]
-    route = torch.zeros(2, dtype=torch.int64)
+    route = torch.zeros(3, dtype=torch.int64)
     tiny = Config("tiny", dict.fromkeys(SMALL.sizes, 16), num_warps=4, num_stages=2, why="tiles")
     kernels.routed_linear_with_route(x, memories[0], memories[1:], route, None, gate, "silu", tiny)
     far = {address for address in seen.loaded if address >= 1 << 55}
