@@ -1,13 +1,11 @@
 // The Python face of csrc: addresses and sizes in, exceptions out. It knows no tensors, so one build
 // serves every torch version.
-#include <pybind11/pybind11.h>
+#include "bindings.h"
+
 #include <pybind11/stl.h>
 
-#include <cstdint>
 #include <optional>
-#include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "activation_gap.h"
@@ -16,39 +14,17 @@
 #include "edit_values.h"
 #include "magnitude_threshold.h"
 #include "masked_sgd.h"
-#include "matrix.h"
 #include "philox.h"
 #include "random_mask.h"
-#include "status.h"
 #include "ties_merge.h"
 
 namespace py = pybind11;
 
 namespace {
 
-constexpr std::size_t kMessageSize = 256;
-
-// Calls a function of csrc without the interpreter's lock and raises what it reports.
-template <typename Function>
-void call(const Function& function) {
-    char message[kMessageSize] = "";
-    int status;
-    {
-        py::gil_scoped_release unlocked;
-        status = function(message, kMessageSize);
-    }
-    if (status == pyeditfast::kOk) return;
-    if (status == pyeditfast::kInvalidArgument) throw py::value_error(message);
-    throw std::runtime_error(message);
-}
-
-// Address, row stride, column stride, element type.
-using Matrix = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, int>;
-
-pyeditfast_matrix as_matrix(const Matrix& matrix) {
-    const auto [address, row_stride, column_stride, type] = matrix;
-    return {reinterpret_cast<void*>(address), row_stride, column_stride, type};
-}
+using pyeditfast::bindings::as_matrix;
+using pyeditfast::bindings::call;
+using pyeditfast::bindings::Matrix;
 
 void random_uniform(std::uintptr_t out, std::int64_t numel, std::uint64_t seed, std::int64_t offset,
                     int threads) {
@@ -168,6 +144,11 @@ py::dict build_info() {
     info["cuda_architectures"] = py::none();
 #endif
     info["cuda_note"] = PYEDITFAST_CUDA_NOTE;
+#ifdef PYEDITFAST_EMULATED_CUDA
+    info["cuda_emulated"] = true;
+#else
+    info["cuda_emulated"] = false;
+#endif
 #ifdef _OPENMP
     info["openmp"] = true;
 #else
@@ -227,4 +208,8 @@ PYBIND11_MODULE(_csrc, module) {
                py::arg("remainder"), py::arg("rows"), py::arg("columns"), py::arg("rounding"),
                py::arg("seed"), py::arg("offset"), py::arg("threads"),
                "Adds a dense shift to the matrix weight, rounded once.");
+
+#if defined(PYEDITFAST_CUDA_VERSION) || defined(PYEDITFAST_EMULATED_CUDA)
+    pyeditfast::bindings::bind_cuda(module);
+#endif
 }

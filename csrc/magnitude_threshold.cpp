@@ -182,16 +182,21 @@ void count_halves(const Input& input, std::int64_t begin, std::int64_t end, std:
     }
 }
 
-int check(const pyeditfast_matrix* x, const pyeditfast_matrix* base, std::int64_t rows,
-          std::int64_t columns, std::int64_t k, const float* out, int threads, Message message) {
-    int status = pyeditfast::check_sizes(rows, columns, threads, message);
-    if (status == pyeditfast::kOk) {
-        status = pyeditfast::check_matrix("x", x, rows, columns, false, message);
+}  // namespace
+
+namespace pyeditfast {
+
+int check_magnitude_threshold(const pyeditfast_matrix* x, const pyeditfast_matrix* base,
+                              std::int64_t rows, std::int64_t columns, std::int64_t k,
+                              const float* out, int threads, Message message) {
+    int status = check_sizes(rows, columns, threads, message);
+    if (status == kOk) {
+        status = check_matrix("x", x, rows, columns, false, message);
     }
-    if (status == pyeditfast::kOk && base != nullptr) {
-        status = pyeditfast::check_matrix("base", base, rows, columns, false, message);
+    if (status == kOk && base != nullptr) {
+        status = check_matrix("base", base, rows, columns, false, message);
     }
-    if (status != pyeditfast::kOk) return status;
+    if (status != kOk) return status;
     if (k < 1 || k > rows * columns) {
         return fail(kInvalidArgument, message,
                     "k must be from 1 to the number of elements, got %lld for %lld x %lld",
@@ -199,17 +204,18 @@ int check(const pyeditfast_matrix* x, const pyeditfast_matrix* base, std::int64_
                     static_cast<long long>(columns));
     }
     if (out == nullptr) return fail(kInvalidArgument, message, "out is a null pointer");
-    return pyeditfast::kOk;
+    return kOk;
 }
 
-}  // namespace
+}  // namespace pyeditfast
 
 extern "C" int pyeditfast_magnitude_threshold(const pyeditfast_matrix* x,
                                               const pyeditfast_matrix* base, std::int64_t rows,
                                               std::int64_t columns, std::int64_t k, float* out,
                                               int threads, char* message,
                                               std::size_t message_size) {
-    const int status = check(x, base, rows, columns, k, out, threads, {message, message_size});
+    const int status = pyeditfast::check_magnitude_threshold(x, base, rows, columns, k, out,
+                                                             threads, {message, message_size});
     if (status != pyeditfast::kOk) return status;
 
     Walk walk(rows, columns);

@@ -22,10 +22,13 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "reference", "torch", "cpp", "triton")
+BACKENDS = ("auto", "reference", "torch", "cpp", "cuda", "triton")
 
 RUN_ON_A_GPU: frozenset[str] = frozenset()
 """The ops whose Triton kernels a GPU has run and found correct; ``auto`` takes no others."""
+
+CUDA_RUN_ON_A_GPU: frozenset[str] = frozenset()
+"""The same of the CUDA kernels in ``csrc``."""
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What the Triton kernels read."""
@@ -124,11 +127,11 @@ def backend(name: str) -> Iterator[None]:
     """Choose the backend of every op inside a ``with`` block.
 
     ``"auto"`` (the default) takes the fastest that runs on the tensor's device, ``"reference"`` the
-    plain equations, ``"torch"`` the fast torch forms, ``"cpp"`` the compiled extension,
-    ``"triton"`` the Triton kernels: on CUDA, or on the CPU in Triton's interpreter, for which
-    ``TRITON_INTERPRET=1`` has to be set before triton is imported. An op that lacks the named
-    backend raises ``ValueError`` when it is called. The choice holds for the current thread or task
-    only. Raises ``ValueError`` for an unknown name.
+    plain equations, ``"torch"`` the fast torch forms, ``"cpp"`` and ``"cuda"`` the compiled
+    extension on the CPU and on CUDA, ``"triton"`` the Triton kernels: on CUDA, or on the CPU in
+    Triton's interpreter, for which ``TRITON_INTERPRET=1`` has to be set before triton is imported.
+    An op that lacks the named backend raises ``ValueError`` when it is called. The choice holds for
+    the current thread or task only. Raises ``ValueError`` for an unknown name.
     """
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -45,11 +46,16 @@ def works(folder: Path, *flags: str) -> bool:
 
 def build_driver(folder: Path, *flags: str) -> Path:
     """Compile all C++ sources but the bindings, and the driver, warnings being errors."""
-    sources = sorted(path for path in (ROOT / "csrc").glob("*.cpp") if path.stem != "bindings")
+    sources = sorted(path for path in (ROOT / "csrc").glob("*.cpp") if "bindings" not in path.stem)
+    return build_program(folder, [*sources, ROOT / "tests" / "csrc" / "driver.cpp"], *flags)
+
+
+def build_program(folder: Path, sources: Sequence[Path], *flags: str) -> Path:
+    """Compile some sources to a program, warnings being errors. A ``.cu`` file counts as C++."""
     program = folder / "driver"
-    command = [*compiler(), *flags, "-Werror", f"-I{ROOT / 'csrc'}"]
-    command += [*map(str, sources), str(ROOT / "tests" / "csrc" / "driver.cpp")]
-    built = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
+    command = [*compiler(), *flags, "-Werror", f"-I{ROOT / 'csrc'}", "-x", "c++"]
+    command += [*map(str, sources), "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-5000:]
     return program
 
@@ -60,5 +66,7 @@ def run_driver(program: Path, *arguments: str) -> str:
         [str(program), *arguments], env=ENVIRONMENT_OF_THE_DRIVER, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stdout[-1000:] + ran.stderr[-5000:]
-    assert ran.stderr == ""
+    # The block executor announces its fibers' stacks to AddressSanitizer, which says this anyway.
+    said = [line for line in ran.stderr.splitlines() if "makecontext/swapcontext" not in line]
+    assert said == []
     return ran.stdout

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from native_driver import build_driver, run_driver, works
+from native_driver import ROOT, build_driver, build_program, run_driver, works
 
 # Sanitizers do not bear functions that the loader chooses.
 FLAGS = (
@@ -32,3 +32,18 @@ def test_no_access_outside_and_no_undefined_behaviour(tmp_path: Path):
 @pytest.mark.slow
 def test_no_race_between_threads(tmp_path: Path):
     assert len(run_driver(sanitized(tmp_path, "thread")).splitlines()) > 500
+
+
+@pytest.mark.slow
+def test_cuda_kernels_stay_inside_their_buffers(tmp_path: Path):
+    checks = "-fsanitize=address,undefined"
+    if not works(tmp_path, checks):
+        pytest.skip(f"this compiler or machine lacks {checks}")
+    emulation = ROOT / "tests" / "csrc"
+    sources = sorted(path for path in (ROOT / "csrc").glob("*.cpp") if "bindings" not in path.stem)
+    sources += sorted((ROOT / "csrc").glob("*.cu"))
+    sources += [emulation / name for name in ("block_executor.cpp", "cuda_driver.cpp")]
+    program = build_program(tmp_path, sources, *FLAGS, f"-I{emulation}", checks)
+    assert len(run_driver(program).splitlines()) > 40
+    with pytest.raises(AssertionError, match="heap-buffer-overflow"):
+        run_driver(program, "overrun")

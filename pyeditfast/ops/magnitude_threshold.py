@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +11,19 @@ from torch import Tensor
 from pyeditfast import reference
 from pyeditfast.backends import Candidate, always, choose, refusing
 from pyeditfast.ops.checks import check_rows
-from pyeditfast.ops.compiled import as_matrix, compiled, compiled_for, cpp_candidate
+from pyeditfast.ops.compiled import (
+    as_matrix,
+    compiled,
+    compiled_for,
+    cpp_candidate,
+    cuda_candidate,
+    stream_of,
+)
 from pyeditfast.ops.memories import check_like
 from pyeditfast.reference.magnitude_threshold import kept_elements
 
 CANDIDATES = (
+    cuda_candidate("magnitude_threshold"),
     cpp_candidate("magnitude_threshold"),
     Candidate("torch", always),
     Candidate("reference", always),
@@ -38,8 +47,9 @@ def magnitude_threshold(x: Tensor, density: float, *, base: Tensor | None = None
     chosen = choose("magnitude_threshold", _candidates(x, base), x.device)
     if chosen == "reference":
         return reference.magnitude_threshold(x, density, base=base)
-    if chosen == "cpp":
-        return _select(x, base, kept_elements(x.numel(), density))
+    if chosen in ("cpp", "cuda"):
+        select = _select if chosen == "cpp" else _select_on_cuda
+        return select(x, base, kept_elements(x.numel(), density))
     magnitude = _magnitude(x, base)
     # From the near end: kthvalue counts from the smallest.
     return magnitude.kthvalue(magnitude.numel() - kept_elements(x.numel(), density) + 1).values
@@ -57,10 +67,10 @@ def _candidates(x: Tensor, base: Tensor | None) -> Sequence[Candidate]:
     for name, tensor in (("x", x), ("base", base)):
         if tensor is not None and _as_rows(tensor) is None:
             reason = (
-                f"the C++ form takes matrices; {name} {tuple(tensor.shape)} has strides "
+                f"the compiled forms take matrices; {name} {tuple(tensor.shape)} has strides "
                 f"{tensor.stride()}"
             )
-            return refusing(CANDIDATES, "cpp", reason)
+            return refusing(refusing(CANDIDATES, "cpp", reason), "cuda", reason)
     return compiled_for(CANDIDATES, x.dtype)
 
 
@@ -75,17 +85,37 @@ def _as_rows(tensor: Tensor) -> Tensor | None:
 
 
 def _select(x: Tensor, base: Tensor | None, k: int) -> Tensor:
-    matrix, base_matrix = _as_rows(x), None if base is None else _as_rows(base)
-    assert matrix is not None
     threshold = compiled().magnitude_threshold(
-        x=as_matrix(matrix),
-        base=None if base_matrix is None else as_matrix(base_matrix),
-        rows=matrix.shape[0],
-        columns=matrix.shape[1],
-        k=k,
-        threads=torch.get_num_threads(),
+        **_matrices(x, base), k=k, threads=torch.get_num_threads()
     )
     return torch.tensor(threshold, dtype=torch.float32)
+
+
+def _select_on_cuda(x: Tensor, base: Tensor | None, k: int) -> Tensor:
+    module = compiled()
+    matrices = _matrices(x, base)
+    size = module.cuda_magnitude_threshold_workspace(matrices["x"][-1], base is not None)
+    workspace = torch.empty(size // 8, dtype=torch.int64, device=x.device)
+    threshold = torch.empty((), dtype=torch.float32, device=x.device)
+    module.cuda_magnitude_threshold(
+        **matrices,
+        k=k,
+        out=threshold.data_ptr(),
+        workspace=workspace.data_ptr(),
+        stream=stream_of(x.device),
+    )
+    return threshold
+
+
+def _matrices(x: Tensor, base: Tensor | None) -> dict[str, Any]:
+    matrix, base_matrix = _as_rows(x), None if base is None else _as_rows(base)
+    assert matrix is not None
+    return {
+        "x": as_matrix(matrix),
+        "base": None if base_matrix is None else as_matrix(base_matrix),
+        "rows": matrix.shape[0],
+        "columns": matrix.shape[1],
+    }
 
 
 def _magnitude(x: Tensor, base: Tensor | None) -> Tensor:
