@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,10 @@ import pytest
 from pyeditfast.extension import extension_status, load_extension
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD_INPUTS = ("setup.py", "pyproject.toml", "CMakeLists.txt", "csrc", "pyeditfast", "kernels")
+BUILD_INPUTS = (
+    *("setup.py", "pyproject.toml", "README.md", "LICENSE", "CMakeLists.txt"),
+    *("csrc", "pyeditfast", "kernels"),
+)
 
 needs_build_tools = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("setuptools", "cmake", "pybind11")),
@@ -219,3 +223,55 @@ def test_build_with_a_compiler(source):
     assert len(compiled_files(source)) == 1
     assert not (source / "pyeditfast" / "_csrc_missing.txt").exists()
     assert status_of(source).startswith("True the compiled module pyeditfast._csrc was built with ")
+
+
+def installed_wheel(source: Path, **variables: str) -> Path:
+    """Make a wheel of the copy, with the build tools at hand, and install it to a folder."""
+
+    def pip(*arguments: str) -> None:
+        completed = run_python(
+            *("-m", "pip", "--disable-pip-version-check", *arguments, "--no-deps", "--no-index"),
+            cwd=source,
+            CMAKE_ARGS="-DPYEDITFAST_CUDA=OFF",
+            **variables,
+        )
+        assert completed.returncode == 0, completed.stdout[-2000:] + completed.stderr[-2000:]
+
+    pip("wheel", ".", "--no-build-isolation", "--wheel-dir", "wheels")
+    (wheel,) = (source / "wheels").glob("*.whl")
+    pip("install", "--target", "installed", str(wheel))
+    return source / "installed"
+
+
+def needed_libraries(module: Path) -> set[str]:
+    printed = subprocess.run(
+        ["readelf", "-d", str(module)], capture_output=True, text=True, check=True
+    ).stdout
+    return set(re.findall(r"\(NEEDED\).*\[(.*)\]", printed))
+
+
+@needs_build_tools
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")
+def test_a_wheel_is_whole_and_bound_to_no_torch(source):
+    if load_extension() is None:
+        pytest.skip(extension_status())
+    installed = installed_wheel(source, PYEDITFAST_BUILD_CSRC="1")
+    tops = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
+    assert tops == {"pyeditfast", "pyeditfast_kernels", "pyeditfast_published", "bin"}
+    for name, sources in (("pyeditfast", "pyeditfast"), ("pyeditfast_kernels", "kernels")):
+        assert {path.relative_to(ROOT / sources) for path in (ROOT / sources).rglob("*.py")} == {
+            path.relative_to(installed / name) for path in (installed / name).rglob("*.py")
+        }
+    (module,) = (installed / "pyeditfast").glob("_csrc*.so")
+    system = {"libc.so.6", "libdl.so.2", "libgcc_s.so.1", "libm.so.6", "libpthread.so.0"}
+    system |= {"librt.so.1", "libstdc++.so.6"}
+    others = needed_libraries(module) - system
+    assert all(name.startswith("ld-linux") for name in others), others
+    assert status_of(installed).startswith("True ")
+
+
+@needs_build_tools
+def test_a_wheel_without_a_compiler_says_what_is_missing(source):
+    installed = installed_wheel(source, CXX="/nonexistent/c++")
+    assert compiled_files(installed) == []
+    assert "no C++ compiler: CXX names '/nonexistent/c++'" in status_of(installed)
