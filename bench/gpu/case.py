@@ -18,7 +18,12 @@ Form = Callable[[Inputs], Outputs]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 AUTO = "auto with kernels"
-"""The backend ``auto`` as it will be once ``RUN_ON_A_GPU`` names every op."""
+"""The backend ``auto`` as it will be once ``RUN_ON_A_GPU`` names every op, and
+``CUDA_RUN_ON_A_GPU`` those of ``ONLY_IN_CUDA``.
+"""
+
+ONLY_IN_CUDA = frozenset({"cholesky_solve", "magnitude_threshold"})
+"""Ops that have CUDA kernels and no Triton kernel; of those that have both a GPU has to decide."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +124,14 @@ def using(name: str) -> Iterator[None]:
         with backend(name):
             yield
         return
-    before = package.RUN_ON_A_GPU
+    before = package.RUN_ON_A_GPU, package.CUDA_RUN_ON_A_GPU
     package.RUN_ON_A_GPU = frozenset({"gram", "covariance", "apply_shift", *_ops_with_kernels()})
+    package.CUDA_RUN_ON_A_GPU = ONLY_IN_CUDA
     try:
         with backend("auto"):
             yield
     finally:
-        package.RUN_ON_A_GPU = before
+        package.RUN_ON_A_GPU, package.CUDA_RUN_ON_A_GPU = before
 
 
 def _ops_with_kernels() -> Iterator[str]:

@@ -65,6 +65,7 @@ def case(shape: tuple[int, int], dtype: str, base: bool = False, timed: bool = F
         equal=True,
         bytes=float(size * PASSES[dtype] * count * (2 if base else 1)),
         memory=48.0 * count,
+        asynchronous=True,
         timed=timed,
     )
 
