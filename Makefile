@@ -11,6 +11,11 @@ DEMO_OUT ?= build/demo
 # CUDA's libraries on a machine without a GPU. Empty: the index that pip is configured for.
 TORCH_INDEX_URL ?=
 
+# A process a core runs the tests, each a file at a time. The kernels' tests come second, since they
+# need processes of their own (see tests/kernels/conftest.py).
+WORKERS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+IN_PARALLEL = -n $(WORKERS) --dist loadfile
+
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
@@ -23,7 +28,8 @@ run: $(STAMP) ## set up, then edit 100 facts into a small model and report (buil
 	@$(BIN)/pyeditfast demo --out $(DEMO_OUT)
 
 test: lint ## set up, check format, lint and types, run the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(IN_PARALLEL)
+	@$(BIN)/python -m pytest $(IN_PARALLEL) tests/kernels --ignore=tests/kernels/test_ahead_of_time.py
 
 bench: $(STAMP) ## run the benchmarks, record them in bench/results, draw docs/benchmarks
 	@mkdir -p build

@@ -163,15 +163,10 @@ installed here, so nothing else is left out.
 
 
 def tests(limit: float, folder: Path = REPOSITORY / "tests") -> list[Step]:
-    """Return the test suite as steps: a process for each kernel's file and for every folder.
-
-    ``tests/test_kernels.py`` is left out, since it only starts what runs here anyway.
-    """
+    """Return the test suite as steps: a process for each kernel's file and for every folder."""
     groups: dict[str, list[str]] = {}
     for path in sorted(folder.rglob("test_*.py")):
         name = path.relative_to(folder.parent)
-        if path.name == "test_kernels.py":
-            continue
         group = str(name) if path.parent.name == "kernels" else str(name.parent)
         groups.setdefault(group, []).append(str(name))
     return [Step(f"tests of {group}", (*PYTEST, *files), limit) for group, files in groups.items()]

@@ -2,7 +2,7 @@
 
 They need a process of their own: on a CUDA device, or else in Triton's interpreter, which has to be
 asked for before triton is imported. So they run only when this folder, or something in it, is named
-on the command line; ``tests/test_kernels.py`` does that in a subprocess.
+on the command line, as `make test` does.
 """
 
 from __future__ import annotations
