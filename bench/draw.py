@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from record import BASELINES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"
@@ -43,8 +44,13 @@ def remarks(entry: dict[str, Any]) -> str:
         parts.append(f"change differs from {against} by {difference:.1e}")
     if "tokens" in entry:
         parts.append(f"{entry['tokens'] / entry['median_seconds']:.0f} tokens/s")
+    if "least_bytes" in entry:
+        rate = entry["least_bytes"] / entry["median_seconds"]
+        parts.append(f"{rate / 1e9:.1f} GB/s of {entry['least_bytes'] / 1e6:.0f} MB at the least")
     if entry.get("equal_to_the_reference"):
         parts.append("equal to the reference bit for bit")
+    if entry.get("equal_to_torch"):
+        parts.append("equal to torch bit for bit")
     return ", ".join(parts)
 
 
@@ -62,20 +68,29 @@ def page(files: list[tuple[Path, dict[str, Any]]]) -> str:
 
 def table(path: Path, content: dict[str, Any]) -> str:
     """Return the table of one result file."""
+    baselines = [
+        name
+        for name in BASELINES
+        if any(f"times_faster_than_{name}" in entry for entry in content["results"])
+    ]
     versions = ", ".join(f"{name} {value}" for name, value in content["versions"].items())
     lines = [
         f"From `{path.relative_to(REPOSITORY)}`: {content['date']}, commit {content['commit']}, "
         f"{content['cores']} cores of {content['cpu']}, {content['gpu']}; {versions}.",
         "",
-        "| what | form | median | quartiles | against published | |",
+        f"| what | form | median | quartiles | against {' or '.join(baselines)} | |",
         "|---|---|---|---|---|---|",
     ]
     for entry in content["results"]:
         low, high = entry["quartiles_seconds"]
-        ratio = entry.get("times_faster_than_published")
+        ratios = [
+            f"{entry[key]:.1f}×" + ("" if name == BASELINES[0] else f" {name}")
+            for name in baselines
+            if (key := f"times_faster_than_{name}") in entry
+        ]
         lines.append(
             f"| {entry['group']} | {entry['name']} | {entry['median_seconds']:.3g} s "
-            f"| {low:.3g} to {high:.3g} s | {f'{ratio:.1f}×' if ratio else ''} | {remarks(entry)} |"
+            f"| {low:.3g} to {high:.3g} s | {''.join(ratios)} | {remarks(entry)} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -1,8 +1,9 @@
 """Turns pytest-benchmark's JSON into a result file under ``bench/results``.
 
 ``python bench/record.py [--part NAME] REPORT.json [MORE.json ...]`` keeps medians and spreads, the
-ratio of each group's baseline to the others, the commit, the machine and the versions; nothing
-else. A run of some suites alone is a part, in a file of its own.
+ratio of each group's baseline (the form called published, else the one called torch) to the
+others, the commit, the machine and the versions; nothing else. A run of some suites alone is a
+part, in a file of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-BASELINE = "published"
+BASELINES = ("published", "torch")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -47,11 +48,13 @@ def summarise(report: dict[str, Any]) -> dict[str, Any]:
                 **run["extra_info"],
             }
         )
-    baselines = {e["group"]: e["median_seconds"] for e in entries if e["name"] == BASELINE}
+    medians = {(entry["group"], entry["name"]): entry["median_seconds"] for entry in entries}
     for entry in entries:
-        if entry["name"] != BASELINE and entry["group"] in baselines:
-            ratio = baselines[entry["group"]] / entry["median_seconds"]
-            entry["times_faster_than_published"] = round(ratio, 2)
+        group = entry["group"]
+        baseline = next((name for name in BASELINES if (group, name) in medians), None)
+        if baseline not in (None, entry["name"]):
+            ratio = medians[group, baseline] / entry["median_seconds"]
+            entry[f"times_faster_than_{baseline}"] = round(ratio, 2)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only"
     return {
         "date": report["datetime"][:10],
@@ -84,10 +87,14 @@ def main(paths: list[str], part: str | None = None) -> None:
     target = RESULTS / f"{name}-{content['date']}.json"
     target.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     for entry in content["results"]:
-        ratio = entry.get("times_faster_than_published")
+        ratios = [
+            f" | {entry[key]:.1f} times faster than {name}"
+            for name in BASELINES
+            if (key := f"times_faster_than_{name}") in entry
+        ]
         print(
             f"{entry['group']} | {entry['name']} | median {entry['median_seconds']:.3g} s"
-            + (f" | {ratio:.1f} times faster" if ratio else "")
+            + "".join(ratios)
         )
     print(f"wrote {target.relative_to(RESULTS.parents[1])}")
 

@@ -18,35 +18,36 @@ using pyeditfast::kTile;
 using pyeditfast::Lines;
 using pyeditfast::Tile;
 
-#define PYEDITFAST_DIFFERENCE(name, act)                                                         \
-    PYEDITFAST_VECTOR_CLONES                                                                     \
-    void name(float* __restrict out, const float* __restrict main, const float* __restrict side, \
-              std::int64_t count) {                                                              \
-        for (std::int64_t i = 0; i < count; ++i) out[i] = act(side[i]) - act(main[i]);           \
+#define PYEDITFAST_SQUARES(name, act)                                                              \
+    PYEDITFAST_VECTOR_CLONES                                                                       \
+    void name(float* __restrict lanes, const float* __restrict main, const float* __restrict side, \
+              std::int64_t count) {                                                                \
+        pyeditfast::square_lanes(lanes, count,                                                     \
+                                 [=](std::int64_t i) { return act(side[i]) - act(main[i]); });     \
     }
 
 inline float identity(float x) { return x; }
 
-PYEDITFAST_DIFFERENCE(difference, identity)
-PYEDITFAST_DIFFERENCE(relu_difference, pyeditfast::relu)
-PYEDITFAST_DIFFERENCE(silu_difference, pyeditfast::silu)
-PYEDITFAST_DIFFERENCE(gelu_difference, pyeditfast::gelu)
-PYEDITFAST_DIFFERENCE(gelu_tanh_difference, pyeditfast::gelu_tanh)
+PYEDITFAST_SQUARES(identity_squares, identity)
+PYEDITFAST_SQUARES(relu_squares, pyeditfast::relu)
+PYEDITFAST_SQUARES(silu_squares, pyeditfast::silu)
+PYEDITFAST_SQUARES(gelu_squares, pyeditfast::gelu)
+PYEDITFAST_SQUARES(gelu_tanh_squares, pyeditfast::gelu_tanh)
 
-using Difference = void (*)(float*, const float*, const float*, std::int64_t);
+using Squares = void (*)(float*, const float*, const float*, std::int64_t);
 
-Difference difference_of(int activation) {
+Squares squares_of(int activation) {
     switch (activation) {
         case pyeditfast::kNoActivation:
-            return difference;
+            return identity_squares;
         case pyeditfast::kRelu:
-            return relu_difference;
+            return relu_squares;
         case pyeditfast::kSilu:
-            return silu_difference;
+            return silu_squares;
         case pyeditfast::kGelu:
-            return gelu_difference;
+            return gelu_squares;
         case pyeditfast::kGeluTanh:
-            return gelu_tanh_difference;
+            return gelu_tanh_squares;
         default:
             return nullptr;
     }
@@ -71,8 +72,8 @@ extern "C" int pyeditfast_activation_gap(const pyeditfast_matrix* main,
         return fail(kInvalidArgument, failure, "gaps is a null pointer, but there are %lld tokens",
                     static_cast<long long>(tokens));
     }
-    const Difference subtract = difference_of(activation);
-    if (subtract == nullptr) {
+    const Squares squares = squares_of(activation);
+    if (squares == nullptr) {
         return fail(kInvalidArgument, failure, "activation must be from 0 to 4, got %d",
                     activation);
     }
@@ -80,15 +81,15 @@ extern "C" int pyeditfast_activation_gap(const pyeditfast_matrix* main,
     const Lines mains = {main->data, main->row_stride, main->column_stride, main->type};
     const Lines sides = {side->data, side->row_stride, side->column_stride, side->type};
     const auto run = [&](int, std::int64_t begin, std::int64_t end) {
-        alignas(64) float main_tile[kTile], side_tile[kTile], differences[kTile];
+        alignas(64) float main_tile[kTile], side_tile[kTile], lanes[pyeditfast::kLanes];
         for (std::int64_t token = begin; token < end; ++token) {
             double total = 0.0;
             for (std::int64_t first = 0; first < d_out; first += kTile) {
                 const Tile tile = {token, first, std::min(kTile, d_out - first)};
                 const float* from = pyeditfast::load_tile(mains, tile, main_tile);
                 const float* to = pyeditfast::load_tile(sides, tile, side_tile);
-                subtract(differences, from, to, tile.count);
-                total += pyeditfast::sum_of_squares(differences, tile.count);
+                squares(lanes, from, to, tile.count);
+                total += pyeditfast::sum_of_lanes(lanes);
             }
             gaps[token] = static_cast<float>(std::sqrt(total));
         }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "float_types.h"
+#include "vector_clones.h"
 
 namespace pyeditfast {
 
@@ -14,17 +15,25 @@ enum Activation : int {
     kGeluTanh = 4,
 };
 
-// e^x to about one unit in the last place, for x up to 88; larger ones count as 88, below -87 the
-// result is about 1e-38. NaN stays NaN.
-inline float exp_float(float x) {
-    const float below = x > 88.0f ? 88.0f : x;
-    const float clamped = below < -87.0f ? -87.0f : below;
+// The magnitude of x, cut to `limit`; NaN counts as large. In integers: code behind a selection of
+// floats by their order is compiled once for the limit and once for the rest, divisions included.
+PYEDITFAST_INLINE float limited_magnitude(float x, float limit) {
+    const std::uint32_t magnitude = as_bits(x) & 0x7FFFFFFFu;
+    const std::uint32_t largest = as_bits(limit);
+    return as_float(magnitude < largest ? magnitude : largest);
+}
+
+// e^x to about one unit in the last place, for x from -87 to 87; what lies beyond, and NaN, counts
+// as the nearer of the two.
+PYEDITFAST_INLINE float exp_float(float x) {
+    const float magnitude = limited_magnitude(x, 87.0f);
+    const float limited = as_float(as_bits(magnitude) | (as_bits(x) & 0x80000000u));
     // Adding 1.5 * 2^23 rounds to an integer, which is then in the lower bits.
     const float kRounding = 12582912.0f;
-    const float shifted = clamped * 1.44269504f + kRounding;
+    const float shifted = limited * 1.44269504f + kRounding;
     const float n = shifted - kRounding;
     // ln 2 in two parts: n times the first is exact.
-    const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+    const float r = (limited - n * 0.693359375f) + n * 2.12194440e-4f;
     // e^r = 1 + r + r^2 q(r) on |r| <= ln(2) / 2, q by least squares at Chebyshev points.
     float q = 0.0013934544986113906f;
     q = q * r + 0.008363776840269566f;
@@ -35,42 +44,42 @@ inline float exp_float(float x) {
     return power * as_float((as_bits(shifted) << 23) + 0x3F800000u);
 }
 
-// The error function to about 1e-7: z p(z^2) below 0.9, else 1 - e^-p(z) with p close to
-// -log(erfc z); both polynomials by least squares at Chebyshev points. NaN stays NaN.
-inline float erf_float(float x) {
-    const float magnitude = x < 0.0f ? -x : x;
-    const float z = magnitude > 4.0f ? 4.0f : magnitude;
-    const float t = z * z;
-    float small = 8.531220373697579e-05f;
-    small = small * t + -0.00081801344640553f;
-    small = small * t + 0.005204278044402599f;
-    small = small * t + -0.026860687881708145f;
-    small = small * t + 0.11283718794584274f;
-    small = small * t + -0.37612634897232056f;
-    small = small * t + 1.128379225730896f;
-    small = small * z;
-    float p = -1.6056487766036298e-06f;
-    p = p * z + 4.542376700555906e-05f;
-    p = p * z + -0.000591357471421361f;
-    p = p * z + 0.004733576439321041f;
-    p = p * z + -0.02634573169052601f;
-    p = p * z + 0.10994460433721542f;
-    p = p * z + 0.6319730877876282f;
-    p = p * z + 1.1301454305648804f;
-    p = p * z + -0.00029792278655804694f;
-    const float large = 1.0f - exp_float(-p);
-    const float result = z > 0.9f ? large : small;
-    return x < 0.0f ? -result : result;
+// 2^-x / 2 for x from 0 to 60. 2^r = 1 + r p(r) on |r| <= 1/2, p by weighted least squares.
+PYEDITFAST_INLINE float half_power(float x) {
+    const float kRounding = 12582912.0f;
+    const float shifted = kRounding - x;
+    const float r = (kRounding - shifted) - x;
+    float p = 0.00015353361959569156f;
+    p = p * r + 0.0013398875016719103f;
+    p = p * r + 0.00961843691766262f;
+    p = p * r + 0.055503323674201965f;
+    p = p * r + 0.24022647738456726f;
+    p = p * r + 0.6931471824645996f;
+    const float power = p * r + 1.0f;
+    return power * as_float((as_bits(shifted) << 23) + 0x3F000000u);
 }
 
-inline float relu(float x) { return x < 0.0f ? 0.0f : x; }
+PYEDITFAST_INLINE float relu(float x) { return x < 0.0f ? 0.0f : x; }
 
-inline float silu(float x) { return x / (1.0f + exp_float(-x)); }
+// relu(x) - |x| erfc(|x| / sqrt 2) / 2, where erfc(z / sqrt 2) = 2^-q(z), q by least squares that
+// weigh an error as the result does.
+PYEDITFAST_INLINE float gelu(float x) {
+    const float z = limited_magnitude(x, 6.0f);
+    float q = 2.8349129479465773e-06f;
+    q = q * z + -3.9377689972752705e-05f;
+    q = q * z + 0.000186180230230093f;
+    q = q * z + 0.0001369364035781473f;
+    q = q * z + -0.00706342002376914f;
+    q = q * z + 0.052496179938316345f;
+    q = q * z + 0.4592081904411316f;
+    q = q * z + 1.1511051654815674f;
+    return relu(x) - z * half_power(q * z);
+}
 
-inline float gelu(float x) { return (0.5f * x) * (1.0f + erf_float(x * 0.707106781f)); }
+PYEDITFAST_INLINE float silu(float x) { return x / (1.0f + exp_float(-x)); }
 
 // (1 + tanh u) / 2 = 1 / (1 + e^-2u), with u = sqrt(2 / pi) (x + 0.044715 x^3).
-inline float gelu_tanh(float x) {
+PYEDITFAST_INLINE float gelu_tanh(float x) {
     const float inner = x + 0.044715f * (x * x * x);
     return x / (1.0f + exp_float(-1.59576912f * inner));
 }

@@ -18,69 +18,86 @@ using pyeditfast::kTile;
 using pyeditfast::Lines;
 using pyeditfast::Message;
 using pyeditfast::Tile;
+using pyeditfast::Walk;
 
 enum Rounding : int { kNearest = 0, kStochastic = 1, kCompensated = 2 };
 
 PYEDITFAST_VECTOR_CLONES
-void add(float* __restrict weight, const float* __restrict shift, std::int64_t count) {
+void add_float32(float* __restrict weight, const float* __restrict shift, std::int64_t count) {
     for (std::int64_t i = 0; i < count; ++i) weight[i] += shift[i];
 }
 
-// The value of the 16-bit type that stochastic rounding takes; `convert` and `widen` are its own.
+// The 16-bit number that stochastic rounding takes; `convert` and `widen` are those of its type.
 template <typename Convert, typename Widen>
-inline float round_stochastically(float exact, std::uint32_t word, const Convert& convert,
-                                  const Widen& widen) {
+inline std::uint16_t round_stochastically(float exact, std::uint32_t word, const Convert& convert,
+                                          const Widen& widen) {
     const std::uint16_t nearest = convert(exact);
     const float back = widen(nearest);
     // Bits without the sign are ordered as magnitudes are: one more is the next number away from 0.
     const bool too_large = (back < 0.0f ? -back : back) > (exact < 0.0f ? -exact : exact);
-    const float inner = widen(static_cast<std::uint16_t>(too_large ? nearest - 1 : nearest));
-    const float outer = widen(static_cast<std::uint16_t>(too_large ? nearest : nearest + 1));
-    const float low = exact < 0.0f ? outer : inner;
-    const float high = exact < 0.0f ? inner : outer;
-    const float fraction = (exact - low) / (high - low);
-    const float rounded = pyeditfast::uniform_float(word) < fraction ? high : low;
+    const auto inner = static_cast<std::uint16_t>(too_large ? nearest - 1 : nearest);
+    const auto outer = static_cast<std::uint16_t>(too_large ? nearest : nearest + 1);
+    const std::uint16_t low = exact < 0.0f ? outer : inner;
+    const std::uint16_t high = exact < 0.0f ? inner : outer;
+    const float fraction = (exact - widen(low)) / (widen(high) - widen(low));
+    const std::uint16_t rounded = pyeditfast::uniform_float(word) < fraction ? high : low;
     // Infinity and NaN have no neighbours.
-    return (back == exact) | (exact != exact) ? back : rounded;
+    return (back == exact) | (exact != exact) ? nearest : rounded;
 }
 
-PYEDITFAST_VECTOR_CLONES
-void round_to_bfloat16(float* __restrict exact, const std::uint32_t* __restrict words,
-                       std::int64_t count) {
-    for (std::int64_t i = 0; i < count; ++i) {
-        exact[i] = round_stochastically(exact[i], words[i], pyeditfast::to_bfloat16,
-                                        pyeditfast::from_bfloat16);
-    }
+// The same for bfloat16, whose numbers are float32's without the lower half: what that half holds
+// is the fraction, without a division.
+inline std::uint16_t round_to_bfloat16(float exact, std::uint32_t word) {
+    const std::uint32_t bits = pyeditfast::as_bits(exact);
+    const bool negative = exact < 0.0f;
+    const float outward = static_cast<float>(static_cast<std::int32_t>(bits & 0xFFFFu)) / 65536.0f;
+    const float upward = negative ? 1.0f - outward : outward;
+    // Beyond the largest number the distance to the next one, infinity, is infinite.
+    const bool beyond = (bits & 0x7FFFFFFFu) > 0x7F7F0000u;
+    const float fraction = beyond ? 0.0f : upward;
+    const bool up = pyeditfast::uniform_float(word) < fraction;
+    const std::uint32_t rounded = bits + (up != negative ? 0x10000u : 0u);
+    const std::uint32_t kept = (bits & 0xFFFFu) == 0 ? bits : rounded;
+    return static_cast<std::uint16_t>((exact != exact ? bits | 0x00400000u : kept) >> 16);
 }
 
-PYEDITFAST_VECTOR_CLONES
-void round_to_float16(float* __restrict exact, const std::uint32_t* __restrict words,
-                      std::int64_t count) {
-    for (std::int64_t i = 0; i < count; ++i) {
-        exact[i] = round_stochastically(exact[i], words[i], pyeditfast::to_float16,
-                                        pyeditfast::from_float16);
-    }
+inline std::uint16_t round_to_float16(float exact, std::uint32_t word) {
+    return round_stochastically(exact, word, pyeditfast::to_float16, pyeditfast::from_float16);
 }
 
-PYEDITFAST_VECTOR_CLONES
-void compensate_bfloat16(float* __restrict weight, float* __restrict remainder,
-                         const float* __restrict shift, std::int64_t count) {
-    for (std::int64_t i = 0; i < count; ++i) {
-        const float exact = weight[i] + (shift[i] + remainder[i]);
-        weight[i] = pyeditfast::from_bfloat16(pyeditfast::to_bfloat16(exact));
-        remainder[i] = exact - weight[i];
+// Weights of 16 bits are converted, changed and rounded in one loop, which is what keeps up with
+// memory.
+#define PYEDITFAST_ROUNDINGS(type)                                                                \
+    PYEDITFAST_VECTOR_CLONES                                                                      \
+    void add_##type(std::uint16_t* __restrict weight, const float* __restrict shift,              \
+                    std::int64_t count) {                                                         \
+        for (std::int64_t i = 0; i < count; ++i) {                                                \
+            weight[i] = pyeditfast::to_##type(pyeditfast::from_##type(weight[i]) + shift[i]);     \
+        }                                                                                         \
+    }                                                                                             \
+                                                                                                  \
+    PYEDITFAST_VECTOR_CLONES                                                                      \
+    void add_stochastically_##type(std::uint16_t* __restrict weight,                              \
+                                   const float* __restrict shift,                                 \
+                                   const std::uint32_t* __restrict words, std::int64_t count) {   \
+        for (std::int64_t i = 0; i < count; ++i) {                                                \
+            weight[i] = round_to_##type(pyeditfast::from_##type(weight[i]) + shift[i], words[i]); \
+        }                                                                                         \
+    }                                                                                             \
+                                                                                                  \
+    PYEDITFAST_VECTOR_CLONES                                                                      \
+    void compensate_##type(std::uint16_t* __restrict weight, std::uint16_t* __restrict remainder, \
+                           const float* __restrict shift, std::int64_t count) {                   \
+        for (std::int64_t i = 0; i < count; ++i) {                                                \
+            const float change = shift[i] + pyeditfast::from_##type(remainder[i]);                \
+            const float exact = pyeditfast::from_##type(weight[i]) + change;                      \
+            weight[i] = pyeditfast::to_##type(exact);                                             \
+            remainder[i] = pyeditfast::to_##type(exact - pyeditfast::from_##type(weight[i]));     \
+        }                                                                                         \
     }
-}
 
-PYEDITFAST_VECTOR_CLONES
-void compensate_float16(float* __restrict weight, float* __restrict remainder,
-                        const float* __restrict shift, std::int64_t count) {
-    for (std::int64_t i = 0; i < count; ++i) {
-        const float exact = weight[i] + (shift[i] + remainder[i]);
-        weight[i] = pyeditfast::from_float16(pyeditfast::to_float16(exact));
-        remainder[i] = exact - weight[i];
-    }
-}
+PYEDITFAST_ROUNDINGS(bfloat16)
+PYEDITFAST_ROUNDINGS(float16)
 
 // What the sum itself loses (Knuth's two-sum), since rounding loses nothing after it.
 PYEDITFAST_VECTOR_CLONES
@@ -96,15 +113,65 @@ void compensate_float32(float* __restrict weight, float* __restrict remainder,
     }
 }
 
-void compensate(int type, float* weight, float* remainder, const float* shift,
-                std::int64_t count) {
-    switch (type) {
-        case pyeditfast::kBFloat16:
-            return compensate_bfloat16(weight, remainder, shift, count);
-        case pyeditfast::kFloat16:
-            return compensate_float16(weight, remainder, shift, count);
-        default:
-            return compensate_float32(weight, remainder, shift, count);
+// The matrices along their walk.
+struct Input {
+    const Walk& walk;
+    Lines weights;
+    Lines shifts;
+    Lines remainders;
+    int rounding;
+    std::uint64_t seed;
+    std::int64_t offset;
+};
+
+void add_to_floats(const Input& input, std::int64_t begin, std::int64_t end) {
+    alignas(64) float weight_tile[kTile], shift_tile[kTile], remainder_tile[kTile];
+    for (std::int64_t number = begin; number < end; ++number) {
+        const Tile tile = input.walk.tile(number);
+        float* weight = pyeditfast::load_to_change(input.weights, tile, weight_tile);
+        const float* shift = pyeditfast::load_tile(input.shifts, tile, shift_tile);
+        if (input.rounding == kCompensated) {
+            float* remainder = pyeditfast::load_to_change(input.remainders, tile, remainder_tile);
+            compensate_float32(weight, remainder, shift, tile.count);
+            pyeditfast::store_tile(input.remainders, tile, remainder);
+        } else {
+            add_float32(weight, shift, tile.count);
+        }
+        pyeditfast::store_tile(input.weights, tile, weight);
+    }
+}
+
+void add_to_halves(const Input& input, std::int64_t begin, std::int64_t end) {
+    const bool bfloat16 = input.weights.type == pyeditfast::kBFloat16;
+    const auto add = bfloat16 ? add_bfloat16 : add_float16;
+    const auto add_stochastically =
+        bfloat16 ? add_stochastically_bfloat16 : add_stochastically_float16;
+    const auto compensate = bfloat16 ? compensate_bfloat16 : compensate_float16;
+    alignas(64) std::uint16_t weight_tile[kTile], remainder_tile[kTile];
+    alignas(64) float shift_tile[kTile];
+    alignas(64) std::uint32_t words[kTile];
+    for (std::int64_t number = begin; number < end; ++number) {
+        const Tile tile = input.walk.tile(number);
+        std::uint16_t* weight = pyeditfast::load_halves(input.weights, tile, weight_tile);
+        const float* shift = pyeditfast::load_tile(input.shifts, tile, shift_tile);
+        if (input.rounding == kCompensated) {
+            std::uint16_t* remainder =
+                pyeditfast::load_halves(input.remainders, tile, remainder_tile);
+            compensate(weight, remainder, shift, tile.count);
+            pyeditfast::store_halves(input.remainders, tile, remainder);
+        } else if (input.rounding == kStochastic) {
+            // They arrive while the words are computed, which needs no memory.
+            pyeditfast::prefetch_tile(input.weights, tile);
+            pyeditfast::prefetch_tile(input.shifts, tile);
+            const std::int64_t first = input.offset + input.walk.first_index(tile);
+            pyeditfast::philox_words(words, tile.count, static_cast<std::uint64_t>(first),
+                                     static_cast<std::uint64_t>(input.walk.index_step()),
+                                     input.seed);
+            add_stochastically(weight, shift, words, tile.count);
+        } else {
+            add(weight, shift, tile.count);
+        }
+        pyeditfast::store_halves(input.weights, tile, weight);
     }
 }
 
@@ -159,39 +226,21 @@ extern "C" int pyeditfast_apply_shift(const pyeditfast_matrix* weight,
                              {message, message_size});
     if (status != pyeditfast::kOk || rows == 0 || columns == 0) return status;
 
-    pyeditfast::Walk walk(rows, columns);
+    Walk walk(rows, columns);
     walk.add(*weight);
     walk.add(*shift);
     if (remainder != nullptr) walk.add(*remainder);
     walk.finish(rounding == kStochastic);
-    const Lines weights = walk.lines(*weight);
-    const Lines shifts = walk.lines(*shift);
-    const Lines remainders = remainder != nullptr ? walk.lines(*remainder) : Lines{};
-    const auto round = weight->type == pyeditfast::kBFloat16 ? round_to_bfloat16 : round_to_float16;
-
-    const auto run = [&](int, std::int64_t begin, std::int64_t end) {
-        alignas(64) float weight_tile[kTile], shift_tile[kTile], remainder_tile[kTile];
-        alignas(64) std::uint32_t words[kTile];
-        for (std::int64_t number = begin; number < end; ++number) {
-            const Tile tile = walk.tile(number);
-            float* values = pyeditfast::load_to_change(weights, tile, weight_tile);
-            const float* changes = pyeditfast::load_tile(shifts, tile, shift_tile);
-            if (remainder != nullptr) {
-                float* lost = pyeditfast::load_to_change(remainders, tile, remainder_tile);
-                compensate(weight->type, values, lost, changes, tile.count);
-                pyeditfast::store_tile(remainders, tile, lost);
-            } else {
-                add(values, changes, tile.count);
-            }
-            if (rounding == kStochastic) {
-                pyeditfast::philox_words(
-                    words, tile.count, static_cast<std::uint64_t>(offset + walk.first_index(tile)),
-                    static_cast<std::uint64_t>(walk.index_step()), seed);
-                round(values, words, tile.count);
-            }
-            pyeditfast::store_tile(weights, tile, values);
-        }
-    };
-    pyeditfast::parallel_ranges(walk.tiles(), threads, pyeditfast::kTilesPerThread, run);
+    const Input input = {walk,
+                         walk.lines(*weight),
+                         walk.lines(*shift),
+                         remainder != nullptr ? walk.lines(*remainder) : Lines{},
+                         rounding,
+                         seed,
+                         offset};
+    const auto add = weight->type == pyeditfast::kFloat32 ? add_to_floats : add_to_halves;
+    pyeditfast::parallel_ranges(
+        walk.tiles(), threads, pyeditfast::kTilesPerThread,
+        [&](int, std::int64_t begin, std::int64_t end) { add(input, begin, end); });
     return pyeditfast::kOk;
 }

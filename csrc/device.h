@@ -14,6 +14,7 @@
 //   shuffle_xor, ballot           among all 32 threads of a warp
 //   multiply_16x8x16              the matrix unit, by a whole warp
 //   load_16_bytes                 an aligned global load that does not stay in the L1 cache
+//   load_16_bytes_if              the same where a condition holds, else zeros and no access
 //   atomic_add, atomic_min        on integers in global or shared memory
 //   launch                        starts a kernel, from the host
 #pragma once

@@ -18,6 +18,7 @@
 // How many threads a block of the kernel has at most, and how many such blocks shall fit.
 #define LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define UNROLL _Pragma("unroll")
+#define NO_UNROLL _Pragma("unroll 1")
 
 namespace pyeditfast {
 namespace device {
@@ -96,6 +97,34 @@ DEVICE inline Words load_16_bytes_to_keep(const void* place) {
         : "l"(place));
     return words;
 }
+
+// A predicated instruction, so that no branch stands between the loads of a loop.
+#define PYEDITFAST_LOAD_16_BYTES_IF(load)                                                        \
+    asm("{\n\t"                                                                                  \
+        ".reg .pred wanted;\n\t"                                                                 \
+        "setp.ne.s32 wanted, %5, 0;\n\t"                                                         \
+        "mov.b32 %0, 0;\n\t"                                                                     \
+        "mov.b32 %1, 0;\n\t"                                                                     \
+        "mov.b32 %2, 0;\n\t"                                                                     \
+        "mov.b32 %3, 0;\n\t"                                                                     \
+        "@wanted " load " {%0, %1, %2, %3}, [%4];\n\t"                                           \
+        "}"                                                                                      \
+        : "=r"(words.at[0]), "=r"(words.at[1]), "=r"(words.at[2]), "=r"(words.at[3])             \
+        : "l"(place), "r"(static_cast<int>(condition)))
+
+DEVICE inline Words load_16_bytes_if(bool condition, const void* place) {
+    Words words;
+    PYEDITFAST_LOAD_16_BYTES_IF("ld.global.nc.L1::no_allocate.L2::128B.v4.u32");
+    return words;
+}
+
+DEVICE inline Words load_16_bytes_to_keep_if(bool condition, const void* place) {
+    Words words;
+    PYEDITFAST_LOAD_16_BYTES_IF("ld.global.nc.v4.u32");
+    return words;
+}
+
+#undef PYEDITFAST_LOAD_16_BYTES_IF
 
 DEVICE inline float float_of(std::uint32_t bits) { return __uint_as_float(bits); }
 DEVICE inline std::uint32_t bits_of(float value) { return __float_as_uint(value); }

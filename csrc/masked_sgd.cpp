@@ -113,6 +113,10 @@ extern "C" int pyeditfast_masked_sgd(const pyeditfast_matrix* weight,
         alignas(64) std::uint32_t words[kTile];
         for (std::int64_t number = begin; number < end; ++number) {
             const Tile tile = walk.tile(number);
+            // They arrive while the words are computed, which needs no memory.
+            pyeditfast::prefetch_tile(weights, tile);
+            pyeditfast::prefetch_tile(grads, tile);
+            if (main != nullptr) pyeditfast::prefetch_tile(mains, tile);
             pyeditfast::philox_words(words, tile.count,
                                      static_cast<std::uint64_t>(offset + walk.first_index(tile)),
                                      static_cast<std::uint64_t>(walk.index_step()), seed);

@@ -52,6 +52,19 @@ float* Lines::in_place(const Tile& tile) const {
     return type == kFloat32 && element_stride == 1 ? first_of<float>(*this, tile) : nullptr;
 }
 
+void prefetch_tile(const Lines& lines, const Tile& tile) {
+#if defined(__GNUC__)
+    constexpr std::int64_t kLine = 64;
+    if (lines.element_stride != 1) return;
+    const std::int64_t size = element_size(lines.type);
+    const char* first = static_cast<const char*>(lines.data) +
+                        (tile.line * lines.line_stride + tile.begin) * size;
+    for (std::int64_t at = 0; at < tile.count * size; at += kLine) __builtin_prefetch(first + at);
+#else
+    (void)lines, (void)tile;
+#endif
+}
+
 const float* load_tile(const Lines& lines, const Tile& tile, float* buffer) {
     if (lines.type == kFloat32) {
         const float* in = first_of<const float>(lines, tile);
@@ -91,6 +104,18 @@ void store_tile(const Lines& lines, const Tile& tile, const float* values) {
     std::uint16_t together[kTile];
     store(together, values, tile.count);
     scatter(out, together, lines.element_stride, tile.count);
+}
+
+std::uint16_t* load_halves(const Lines& lines, const Tile& tile, std::uint16_t* buffer) {
+    std::uint16_t* in = first_of<std::uint16_t>(lines, tile);
+    if (lines.element_stride == 1) return in;
+    gather(buffer, in, lines.element_stride, tile.count);
+    return buffer;
+}
+
+void store_halves(const Lines& lines, const Tile& tile, const std::uint16_t* values) {
+    std::uint16_t* out = first_of<std::uint16_t>(lines, tile);
+    if (out != values) scatter(out, values, lines.element_stride, tile.count);
 }
 
 Walk::Walk(std::int64_t rows, std::int64_t columns) : rows_(rows), columns_(columns) {}

@@ -34,6 +34,9 @@ struct Lines {
     float* in_place(const Tile& tile) const;
 };
 
+// Has a tile that lies side by side fetched into the cache while something else is computed.
+void prefetch_tile(const Lines& lines, const Tile& tile);
+
 // Returns the tile as float32: in place where that is possible, else in `buffer` (kTile floats).
 const float* load_tile(const Lines& lines, const Tile& tile, float* buffer);
 
@@ -42,6 +45,13 @@ float* load_to_change(const Lines& lines, const Tile& tile, float* buffer);
 
 // Writes a tile of float32, rounded to the lines' type (to nearest even).
 void store_tile(const Lines& lines, const Tile& tile, const float* values);
+
+// Returns a tile of a 16-bit type as it is, for values that are changed and then stored: in place
+// where its elements lie side by side, else in `buffer` (kTile numbers).
+std::uint16_t* load_halves(const Lines& lines, const Tile& tile, std::uint16_t* buffer);
+
+// Writes what load_halves returned.
+void store_halves(const Lines& lines, const Tile& tile, const std::uint16_t* values);
 
 // The way through matrices of one size: as one line where all of them allow it, else along rows, or
 // along columns where all are transposed.

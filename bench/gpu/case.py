@@ -38,7 +38,8 @@ class Case:
     ``length``: terms of the longest sum, for the floor of the error.
 
     ``flops`` on the unit ``unit`` (a ceiling's name) and ``bytes`` are the least work there is.
-    ``memory``: bytes of the device that a check needs. ``backends``: None for all that the op has.
+    ``memory``: bytes of the device that a check needs. ``backends``: None for all that the op has,
+    but for those in ``without``, which do not take the case.
     ``asynchronous``: nothing waits for the device, so a CUDA graph can hold it.
     """
 
@@ -60,6 +61,7 @@ class Case:
     bytes: float = 0.0
     memory: float = 0.0
     backends: tuple[str, ...] | None = None
+    without: tuple[str, ...] = ()
     asynchronous: bool = False
     checked: bool = True
     timed: bool = False
@@ -110,7 +112,7 @@ def backends(case: Case, device: torch.device) -> Iterator[tuple[str, str | None
         return
     module = importlib.import_module(f"pyeditfast.ops.{case.op}")
     for candidate in module.CANDIDATES:
-        if candidate.backend != "reference":
+        if candidate.backend not in ("reference", *case.without):
             yield candidate.backend, candidate.unavailable(device)
 
 

@@ -10,11 +10,19 @@ from torch.nn.functional import linear
 
 from pyeditfast import reference
 from pyeditfast.backends import Candidate, always, choose, refusing, triton_candidate
-from pyeditfast.ops.compiled import as_matrix, compiled, compiled_for, cpp_candidate
+from pyeditfast.ops import decode_on_cuda
+from pyeditfast.ops.compiled import (
+    as_matrix,
+    compiled,
+    compiled_for,
+    cpp_candidate,
+    cuda_candidate,
+)
 from pyeditfast.ops.memories import DECODE_ROWS, check_queries, taking
 from pyeditfast.reference.activation_gap import query_gap, token_gaps
 
 CANDIDATES = (
+    cuda_candidate("activation_gap"),
     triton_candidate("activation_gap"),
     cpp_candidate("activation_gap"),
     Candidate("torch", always),
@@ -47,7 +55,10 @@ def activation_gap(
     """
     check_queries(x, main, sides, bias, activation, reduction, mask)
     candidates = taking(_candidates(x, main, *sides), main, sides)
+    candidates = decode_on_cuda.decoding(candidates, x, main, sides, bias)
     chosen = choose("activation_gap", candidates, x.device)
+    if chosen == "cuda":
+        return decode_on_cuda.decode_gap(x, main, sides, bias, activation, mask)
     if chosen == "triton":
         if mask is None and x.shape[1] == 1 and x.shape[0] <= DECODE_ROWS:
             from pyeditfast_kernels.routed_decode import decode_gap

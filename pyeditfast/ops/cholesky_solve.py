@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,8 +24,11 @@ JITTERS = (1e-12, 1e-10, 1e-8)
 definite.
 """
 
+STRIP = 256
+"""Rows that are looked at together where a copy of the whole matrix is not wanted."""
 
-def cholesky_solve(gram: Tensor, rhs: Tensor) -> Tensor:
+
+def cholesky_solve(gram: Tensor, rhs: Tensor, *, overwrite_gram: bool = False) -> Tensor:
     """Return ``G⁻¹ B`` by Cholesky factorization.
 
     ``gram`` ``[..., n, n]`` symmetric positive definite and ``rhs`` ``[..., n, m]``, both float32
@@ -31,6 +37,12 @@ def cholesky_solve(gram: Tensor, rhs: Tensor) -> Tensor:
     jitter on its diagonal (a warning says how much); what still fails raises
     ``NotPositiveDefiniteError`` with the index of the item. NaN or infinity in ``gram`` raises
     ``NonFiniteError``.
+
+    With ``overwrite_gram`` the factor of an item takes its place in ``gram``, which is of no use
+    afterwards, and no second matrix of that size exists (else there are two). ``gram`` has to be
+    contiguous then and to ask for no gradient, ``rhs`` neither: ``ValueError``. An item that has no
+    factor raises ``NotPositiveDefiniteError`` at once, for nothing is left of it to solve in
+    float64. The reference backend overwrites nothing.
 
     Floor for one batch item: ``n³ / 3 + 2 n² m`` FLOPs, ``n² + 2 n m`` elements moved.
     """
@@ -44,16 +56,115 @@ def cholesky_solve(gram: Tensor, rhs: Tensor) -> Tensor:
     if gram.shape[:-1] != rhs.shape[:-1]:
         raise ValueError(f"gram {tuple(gram.shape)} and rhs {tuple(rhs.shape)} do not match")
     check_same_device("gram", gram.device, "rhs", rhs.device)
+    if overwrite_gram:
+        _check_overwritable(gram, rhs)
     if choose("cholesky_solve", CANDIDATES, gram.device) == "reference":
         return reference.cholesky_solve(gram.double(), rhs.double()).to(rhs.dtype)
     if gram.numel() == 0:
         return rhs.clone()
+    if overwrite_gram:
+        return _solve_overwriting(gram, rhs)
     factor, info = torch.linalg.cholesky_ex(gram)
     # LAPACK takes an infinite last pivot for a good one.
     sound = (info == 0) & factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
     if not bool(sound.all()):
         return _solve_item_by_item(gram, rhs, factor, sound)
     return torch.cholesky_solve(rhs, factor)
+
+
+def factor_(gram: Tensor) -> int:
+    """Replace a contiguous ``gram`` ``[n, n]`` by its lower factor, with zeros above it.
+
+    Returns 0, or the number of the pivot (from 1) that is not positive and finite; ``gram`` is
+    destroyed then.
+    """
+    # LAPACK works on columns: in its eyes a matrix stored by rows is the transpose, and the lower
+    # triangle the upper one. Any other layout would make torch factor a copy.
+    by_columns = gram.mT
+    info = torch.empty((), dtype=torch.int32, device=gram.device)
+    torch.linalg.cholesky_ex(by_columns, upper=True, out=(by_columns, info))
+    pivot = int(info)
+    if pivot == 0 and not bool(gram.diagonal().isfinite().all()):
+        # LAPACK takes an infinite last pivot for a good one.
+        return gram.shape[-1]
+    return pivot
+
+
+def substitute_(factor: Tensor, rhs: Tensor) -> None:
+    """Replace ``rhs`` ``[n, m]`` (by rows or by columns) by ``(L Lᵀ)⁻¹ rhs``, ``factor`` = ``L``.
+
+    ``torch.cholesky_solve`` would copy the factor.
+    """
+    torch.linalg.solve_triangular(factor, rhs, upper=False, out=rhs)
+    torch.linalg.solve_triangular(factor.mT, rhs, upper=True, out=rhs)
+
+
+def repaired_factor(fresh: Callable[[], Tensor], item: int) -> Tensor:
+    """Return the float64 factor of a matrix that failed, with as little jitter as it takes.
+
+    ``fresh`` returns the matrix, contiguous and float64, anew each time, and the factor takes its
+    place: there is never more than one. Raises ``NonFiniteError`` and ``NotPositiveDefiniteError``,
+    which name ``item``.
+    """
+    for jitter in (0.0, *JITTERS):
+        gram = fresh()
+        # Not `isfinite`, which would make a copy.
+        if not bool(torch.linalg.vector_norm(gram, float("inf")).isfinite()):
+            raise NonFiniteError(f"item {item} of gram holds NaN or infinity")
+        scale = gram.diagonal().mean().item()
+        gram.diagonal().add_(jitter * scale)
+        pivot = factor_(gram)
+        if pivot == 0:
+            if jitter:
+                logger.warning(
+                    "item %d of gram is not positive definite; %.3g was added to its diagonal",
+                    item,
+                    jitter * scale,
+                )
+            return gram
+        shape = tuple(gram.shape)
+        # Before the next one is made.
+        del gram
+    raise NotPositiveDefiniteError(
+        f"item {item} of gram {shape} is not positive definite (pivot {pivot}), "
+        f"not even in float64 with {JITTERS[-1] * scale:.3g} added to its diagonal"
+    )
+
+
+def _check_overwritable(gram: Tensor, rhs: Tensor) -> None:
+    if not gram.is_contiguous():
+        raise ValueError(
+            f"gram {tuple(gram.shape)} has strides {gram.stride()}; "
+            "overwrite_gram needs a contiguous one"
+        )
+    if torch.is_grad_enabled() and (gram.requires_grad or rhs.requires_grad):
+        name = "gram" if gram.requires_grad else "rhs"
+        raise ValueError(f"{name} requires a gradient, for which overwrite_gram leaves nothing")
+
+
+def _solve_overwriting(gram: Tensor, rhs: Tensor) -> Tensor:
+    # Of all items before the first factor, for rhs may be a part of gram.
+    solution = rhs.clone(memory_format=torch.contiguous_format)
+    places = itertools.product(*(range(size) for size in gram.shape[:-2]))
+    for item, place in enumerate(places):
+        if not _lower_is_finite(gram[place]):
+            raise NonFiniteError(f"item {item} of gram holds NaN or infinity")
+        pivot = factor_(gram[place])
+        if pivot:
+            raise NotPositiveDefiniteError(
+                f"item {item} of gram {tuple(gram.shape[-2:])} is not positive definite "
+                f"(pivot {pivot}); overwritten, it cannot be tried in float64"
+            )
+        substitute_(gram[place], solution[place])
+    return solution
+
+
+def _lower_is_finite(gram: Tensor) -> bool:
+    norms = [
+        torch.linalg.vector_norm(rows[:, : start + rows.shape[0]].tril(start), float("inf"))
+        for start, rows in zip(range(0, gram.shape[0], STRIP), gram.split(STRIP), strict=True)
+    ]
+    return bool(torch.stack(norms).isfinite().all())
 
 
 def _solve_item_by_item(gram: Tensor, rhs: Tensor, factor: Tensor, sound: Tensor) -> Tensor:
@@ -64,29 +175,13 @@ def _solve_item_by_item(gram: Tensor, rhs: Tensor, factor: Tensor, sound: Tensor
         if has_factor:
             solution[item] = torch.cholesky_solve(sides[item], factors[item])
         else:
-            repaired = _float64_factor(grams[item], item)
-            solution[item] = torch.cholesky_solve(sides[item].double(), repaired).to(rhs.dtype)
+            repaired = repaired_factor(functools.partial(_in_float64, grams[item]), item)
+            side = _in_float64(sides[item])
+            substitute_(repaired, side)
+            solution[item] = side
     return solution.reshape(rhs.shape)
 
 
-def _float64_factor(gram: Tensor, item: int) -> Tensor:
-    exact = gram.double()
-    if not bool(exact.isfinite().all()):
-        raise NonFiniteError(f"item {item} of gram holds NaN or infinity")
-    scale = exact.diagonal().mean().item()
-    for jitter in (0.0, *JITTERS):
-        attempt = exact.clone()
-        attempt.diagonal().add_(jitter * scale)
-        factor, info = torch.linalg.cholesky_ex(attempt)
-        if info.item() == 0:
-            if jitter:
-                logger.warning(
-                    "item %d of gram is not positive definite; %.3g was added to its diagonal",
-                    item,
-                    jitter * scale,
-                )
-            return factor
-    raise NotPositiveDefiniteError(
-        f"item {item} of gram {tuple(gram.shape)} is not positive definite (pivot {int(info)}), "
-        f"not even in float64 with {JITTERS[-1] * scale:.3g} added to its diagonal"
-    )
+def _in_float64(tensor: Tensor) -> Tensor:
+    """Return a contiguous float64 copy."""
+    return torch.empty(tensor.shape, dtype=torch.float64, device=tensor.device).copy_(tensor)

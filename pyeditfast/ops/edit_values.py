@@ -67,8 +67,13 @@ def edit_values(keys: Tensor, grads: Tensor, moments: RunningMoments, lr: float)
             threads=torch.get_num_threads(),
         )
         return values
-    keys_hat = (keys.float() - mean[:d_in]).mul_(scale[:d_in])
-    grads_hat = (grads.float() - mean[d_in:]).mul_(scale[d_in:])
+    keys_hat = _centred(keys, mean[:d_in]).mul_(scale[:d_in])
+    grads_hat = _centred(grads, mean[d_in:]).mul_(scale[d_in:])
     # Not a vecdot, which autocast would take in bfloat16.
     weight = keys_hat.square_().sum(-1).mul_(-lr)
     return grads_hat.mul_(weight.unsqueeze(-1))
+
+
+def _centred(rows: Tensor, mean: Tensor) -> Tensor:
+    """Return ``rows − mean`` in float32, memory of its own, with no temporary beside it."""
+    return rows - mean if rows.dtype == torch.float32 else rows.float().sub_(mean)

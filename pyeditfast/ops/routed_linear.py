@@ -13,6 +13,8 @@ from pyeditfast.backends import Candidate, always, choose, triton_candidate
 from pyeditfast.ops.activation_gap import gaps_of_outputs
 from pyeditfast.ops.checks import check_same_device
 from pyeditfast.ops.choose_route import choose_route
+from pyeditfast.ops.compiled import cuda_candidate
+from pyeditfast.ops.decode_on_cuda import decoding, routed_decode
 from pyeditfast.ops.memories import (
     DECODE_ROWS,
     check_activation,
@@ -26,6 +28,7 @@ from pyeditfast.reference.activation_gap import ACTIVATIONS
 from pyeditfast.reference.routed_linear import Routed
 
 CANDIDATES = (
+    cuda_candidate("routed_linear"),
     triton_candidate("routed_linear"),
     Candidate("torch", always),
     Candidate("reference", always),
@@ -62,7 +65,23 @@ def routed_linear(
     """
     check_queries(x, main, sides, bias, activation, reduction, mask)
     _check_routing(x, sides, thresholds, route, gate, gate_activation)
-    chosen = choose("routed_linear", taking(CANDIDATES, main, sides), x.device)
+    candidates = taking(CANDIDATES, main, sides)
+    limits = thresholds if route is None else None
+    candidates = decoding(candidates, x, main, sides, bias, gate, thresholds=limits)
+    chosen = choose("routed_linear", candidates, x.device)
+    if chosen == "cuda":
+        return routed_decode(
+            x,
+            main,
+            sides,
+            thresholds,
+            bias,
+            activation,
+            mask,
+            route,
+            gate,
+            gate_activation,
+        )
     if chosen == "triton":
         return _launch(
             x,

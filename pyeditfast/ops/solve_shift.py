@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -9,10 +12,10 @@ from pyeditfast import reference
 from pyeditfast.backends import Candidate, always, choose
 from pyeditfast.errors import NonFiniteError
 from pyeditfast.ops.checks import check_ridge, check_same_rows
-from pyeditfast.ops.cholesky_solve import cholesky_solve
+from pyeditfast.ops.cholesky_solve import cholesky_solve, factor_, repaired_factor, substitute_
 from pyeditfast.ops.covariance import covariance
 from pyeditfast.ops.gram import gram
-from pyeditfast.ops.precision import exact_matmul
+from pyeditfast.ops.precision import add_product_, block_rows, exact_dtype, row_blocks
 from pyeditfast.reference.solve_shift import Shift
 
 CANDIDATES = (Candidate("torch", always), Candidate("reference", always))
@@ -49,7 +52,15 @@ def solve_shift(keys: Tensor, values: Tensor, ridge: float = 1.0, form: str = "a
     solves for the side with fewer columns and keeps the product of rank ``n``; the *primal* form
     solves with ``Kᵀ K + λ I`` ``[d_in, d_in]`` and is dense. ``"auto"`` takes the one with fewer
     FLOPs. The normal equations are formed and solved in float64, because keys with a dominant
-    direction cost float32 three digits or more; the factors of the result are float32.
+    direction cost float32 three digits or more; the factors of the result are float32. A primal
+    system above 512 MB is formed and solved in float32; a module that has no float32 factor, again
+    in float64. The shift is a constant to autograd.
+
+    The primal form takes the modules one by one, and a factor takes the place of its matrix. Beside
+    inputs and result (``4 d_in d_out`` bytes a module) it needs ``8 d_in²`` bytes up to 512 MB and
+    ``4 d_in²`` above (at 14336: 822 MB; ``8 d_in²`` where float32 fails), and for blocks of rows
+    and columns a seventh of that or 18 MB, whichever is more (two fifths where the user allows
+    reduced float32 products).
 
     Raises ``ValueError`` for shapes that do not match, an unknown form or a ridge of 0 or less;
     ``NonFiniteError`` for NaN or infinity in keys or values; ``NotPositiveDefiniteError`` if no
@@ -64,8 +75,9 @@ def solve_shift(keys: Tensor, values: Tensor, ridge: float = 1.0, form: str = "a
         raise ValueError("ridge is 0; solve_shift needs a positive ridge (the paper uses 1)")
     if form not in FORMS:
         raise ValueError(f"form is {form!r}; choose one of {', '.join(FORMS)}")
+    keys, values = keys.detach(), values.detach()
     for name, rows in (("keys", keys), ("values", values)):
-        if not bool(rows.isfinite().all()):
+        if not _is_finite(rows):
             raise NonFiniteError(f"{name} {tuple(rows.shape)} hold NaN or infinity")
     if choose("solve_shift", CANDIDATES, keys.device) == "reference":
         exact = reference.solve_shift(keys.double(), values.double(), ridge)
@@ -102,12 +114,49 @@ def _loss_of_rounding(left: Tensor, values: Tensor, normal: Tensor, ridge: float
     return float(loss.max()) if loss.numel() else 0.0
 
 
+def _is_finite(rows: Tensor) -> bool:
+    # `isfinite` would make a copy, and there may be more rows than fit beside the matrix.
+    return not rows.numel() or bool(torch.linalg.vector_norm(rows, float("inf")).isfinite())
+
+
 def _solve_primal(keys: Tensor, values: Tensor, ridge: float) -> Shift:
     n, d_in, d_out = keys.shape[-2], keys.shape[-1], values.shape[-1]
+    matrix = keys.new_empty((*keys.shape[:-2], d_out, d_in), dtype=torch.float32)
+    places = itertools.product(*(range(size) for size in keys.shape[:-2]))
+    for item, place in enumerate(places):
+        _solve_module(matrix[place], keys[place], values[place], ridge, item)
+    return Shift("primal", min(n, d_in, d_out), matrix=matrix)
+
+
+def _solve_module(out: Tensor, keys: Tensor, values: Tensor, ridge: float, item: int) -> None:
+    """Write ``Δᵀ`` ``[d_out, d_in]`` of one module to ``out``."""
+    d_in = keys.shape[-1]
     small = 8 * d_in * d_in <= FLOAT64_COVARIANCE_BYTES
-    dtype = torch.float64 if small else torch.float32
-    normal = keys.new_zeros((*keys.shape[:-2], d_in, d_in), dtype=dtype)
+    factor = _normal_matrix(keys, ridge, torch.float64 if small else torch.float32)
+    if factor_(factor):
+        # What failed is gone; it is made again rather than kept, and in float64 for good.
+        del factor
+        again = functools.partial(_normal_matrix, keys, ridge, torch.float64)
+        factor = repaired_factor(again, item)
+    # Some columns of Kᵀ V at a time: all of it, in float64, could outweigh the matrix.
+    columns = block_rows(d_in)
+    for some_out, some_values in zip(
+        out.split(columns), values.split(columns, dim=-1), strict=True
+    ):
+        _solve_columns(some_out, factor, keys, some_values)
+
+
+def _solve_columns(out: Tensor, factor: Tensor, keys: Tensor, values: Tensor) -> None:
+    side = torch.zeros(out.shape, dtype=factor.dtype, device=out.device)
+    for some_keys, some_values in row_blocks(exact_dtype(out.device, side.dtype), keys, values):
+        add_product_(side, some_values.mT, some_keys)
+    substitute_(factor, side.mT)
+    out.copy_(side)
+
+
+def _normal_matrix(keys: Tensor, ridge: float, dtype: torch.dtype) -> Tensor:
+    """Return ``Kᵀ K + λ I`` ``[d_in, d_in]``."""
+    normal = torch.zeros(keys.shape[-1], keys.shape[-1], dtype=dtype, device=keys.device)
     covariance(keys, out=normal)
-    normal.diagonal(dim1=-2, dim2=-1).add_(ridge)
-    shift = cholesky_solve(normal, exact_matmul(keys.mT, values, dtype))
-    return Shift("primal", min(n, d_in, d_out), matrix=shift.float().mT)
+    normal.diagonal().add_(ridge)
+    return normal

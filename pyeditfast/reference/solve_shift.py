@@ -68,12 +68,11 @@ class Shift:
         factors. NaN or infinite where the shift is.
         """
         if self.matrix is not None:
-            entries = self.matrix.abs().flatten()
-            return (
-                entries.max().double()
-                if entries.numel()
-                else entries.new_zeros((), dtype=torch.float64)
-            )
+            if not self.matrix.numel():
+                return self.matrix.new_zeros((), dtype=torch.float64)
+            # No abs, which would be a dense matrix more.
+            smallest, largest = torch.aminmax(self.matrix)
+            return torch.maximum(-smallest, largest).double()
         assert self.left is not None and self.right is not None
         norms = [_column_norms(part) for part in (self.left, self.right)]
         if not all(norm.numel() for norm in norms):

@@ -19,6 +19,7 @@
 #define HOST_AND_DEVICE
 #define LAUNCH_BOUNDS(threads, blocks)
 #define UNROLL
+#define NO_UNROLL
 
 namespace pyeditfast {
 namespace device {
@@ -150,6 +151,14 @@ inline Words load_16_bytes(const void* place) {
 }
 
 inline Words load_16_bytes_to_keep(const void* place) { return load_16_bytes(place); }
+
+inline Words load_16_bytes_if(bool condition, const void* place) {
+    return condition ? load_16_bytes(place) : Words{};
+}
+
+inline Words load_16_bytes_to_keep_if(bool condition, const void* place) {
+    return load_16_bytes_if(condition, place);
+}
 
 inline float float_of(std::uint32_t bits) { return as_float(bits); }
 inline std::uint32_t bits_of(float value) { return as_bits(value); }

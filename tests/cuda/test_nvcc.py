@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import nvcc_figures
 import pytest
@@ -35,6 +36,22 @@ def test_what_reads_much_reads_16_bytes_at_a_time(compiled):
     reading = [one for one in compiled if one.kernel.startswith(("count_whole", "count_digit"))]
     assert len(reading) == 6 * len(nvcc_figures.ARCHITECTURES)
     assert [one for one in reading if not one.wide_loads] == []
+
+
+@pytest.mark.skipif(
+    nvcc_figures.disassembler() is None and importlib.util.find_spec("triton") is None,
+    reason="no cuobjdump",
+)
+def test_decoding_loads_16_bytes_and_multiplies_16_bits_on_tensor_cores(compiled):
+    aligned = [one for one in compiled if re.match(r"multiply_memories<\d, true>", one.kernel)]
+    assert len(aligned) == 3 * len(nvcc_figures.ARCHITECTURES)
+    assert [one for one in aligned if not one.wide_loads] == []
+    assert [one for one in aligned if one.tensor_cores != (one.kernel[18] != "0")] == []
+
+
+def test_two_blocks_of_256_threads_of_a_product_fit(compiled):
+    large = [one for one in compiled if one.kernel.startswith("multiply_memories")]
+    assert large and max(one.registers for one in large) * 512 <= MOST_REGISTERS
 
 
 def test_the_table_in_the_docs_names_every_kernel(compiled):

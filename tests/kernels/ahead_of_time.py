@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import itertools
 import json
 import os
 import pkgutil
@@ -205,46 +206,51 @@ def examples_of(module: Any) -> list[Any]:
     return examples
 
 
-def compile_variant(variant: Variant, architecture: int) -> Compiled:
-    """Compile for ``sm_<architecture>`` and read the machine code."""
+def compile_variant(variant: Variant) -> list[Compiled]:
+    """Compile for every architecture and read the machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(variant.module), variant.kernel)
+    place = kernel.arg_names.index
     source = ASTSource(
         fn=kernel,
         signature=variant.signature,
-        constexprs={
-            (kernel.arg_names.index(name),): value for name, value in variant.constants.items()
-        },
-        attrs={
-            (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned
-        },
+        constexprs={(place(name),): value for name, value in variant.constants.items()},
+        attrs={(place(name),): [["tt.divisibility", 16]] for name in variant.aligned},
     )
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
-    )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = disassemble("-res-usage", file.name)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    instructions: dict[str, str] = {}
+    results = []
+    for architecture in ARCHITECTURES:
+        target = GPUTarget("cuda", architecture, 32)
+        compiled = triton.compile(source, target=target, options=options)
         code = ""
-        if variant.needs_tensor_cores or variant.needs_wide_loads:
-            code = disassemble("-sass", file.name)
-    used = {name: int(size) for name, size in re.findall(r"\b([A-Z]+):(\d+)", usage)}
-    tensor_cores = re.search(r"\b[HIQ]G?MMA\b", code) is not None
-    return Compiled(
-        **dict(zip(("op", "kernel", "example", "configuration"), variant.name, strict=True)),
-        architecture=architecture,
-        registers=used["REG"],
-        shared_memory=compiled.metadata.shared,
-        stack=used["STACK"] + used["LOCAL"],
-        tensor_cores=tensor_cores if variant.needs_tensor_cores else None,
-        wide_loads=loads_are_wide(code) if variant.needs_wide_loads else None,
-    )
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage = tool("cuobjdump", "-res-usage", file.name)
+            if variant.needs_tensor_cores or variant.needs_wide_loads:
+                # Disassembling takes long, and most architectures are given the same program.
+                program = re.sub(r"^\.(?:version|target) .*", "", compiled.asm["ptx"], flags=re.M)
+                if program not in instructions:
+                    instructions[program] = tool("nvdisasm", "-c", "-ndf", file.name)
+                code = instructions[program]
+        used = {name: int(size) for name, size in re.findall(r"\b([A-Z]+):(\d+)", usage)}
+        tensor_cores = re.search(r"\b[HIQ]G?MMA\b", code) is not None
+        results.append(
+            Compiled(
+                *variant.name,
+                architecture=architecture,
+                registers=used["REG"],
+                shared_memory=compiled.metadata.shared,
+                stack=used["STACK"] + used["LOCAL"],
+                tensor_cores=tensor_cores if variant.needs_tensor_cores else None,
+                wide_loads=loads_are_wide(code) if variant.needs_wide_loads else None,
+            )
+        )
+    return results
 
 
 def loads_are_wide(code: str) -> bool:
@@ -262,23 +268,18 @@ def loads_are_wide(code: str) -> bool:
     return 2 * sum(width for width in widths if width == 128) > sum(widths)
 
 
-def disassemble(option: str, cubin: str) -> str:
-    """Return what Triton's own ``cuobjdump`` prints."""
+def tool(name: str, *arguments: str) -> str:
+    """Return what a program that Triton ships prints."""
     import triton
 
-    program = triton.knobs.nvidia.cuobjdump.path
-    return subprocess.run(
-        [program, option, cubin], capture_output=True, text=True, check=True
-    ).stdout
+    program = getattr(triton.knobs.nvidia, name).path
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def compile_all(workers: int, op: str | None = None) -> list[Compiled]:
     """Compile every variant of ``op`` (or of all) for every architecture."""
-    tasks = [(variant, cc) for variant in variants(op) for cc in ARCHITECTURES]
-    if not tasks:
-        return []
     with ProcessPoolExecutor(workers) as pool:
-        return list(pool.map(compile_variant, *zip(*tasks, strict=True), chunksize=4))
+        return list(itertools.chain.from_iterable(pool.map(compile_variant, variants(op))))
 
 
 def table(results: list[Compiled]) -> Iterator[str]:

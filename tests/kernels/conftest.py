@@ -44,6 +44,19 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fast_interpreter() -> Iterator[None]:
+    """Spare Triton's interpreter half of its work, where that is what runs the kernels."""
+    from pyeditfast_kernels.launch import interprets
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if interprets():
+            from patched_once import patch_once
+
+            patch_once(monkeypatch)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def triton_backend() -> Iterator[None]:
     """Let every op take its kernel, or fail."""

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 from decode_inputs import ACTIVATIONS, DTYPES, EXTREMES, strided, tokens, weights_of
+from error_bounds import assert_within, gap_bound
 from ops.layouts import LAYOUTS, random_rows, same_bits
-from ops.tolerances import assert_as_accurate
-from torch import Tensor
+from query_inputs import Queries
 from truncation import truncate_dots
 
 from pyeditfast import reference
@@ -17,30 +17,18 @@ from pyeditfast_kernels import decode_configs as configs
 from pyeditfast_kernels.launch import interprets
 from pyeditfast_kernels.routed_decode import decode_gap
 
-# Roundings beside those of the sum: of the result.
-STEPS = 10
-
-
-def formula(x, main, sides, bias, activation, dtype) -> Tensor:
-    return reference.activation_gap(
-        x.cpu().to(dtype),
-        main.cpu().to(dtype),
-        [side.cpu().to(dtype) for side in sides],
-        bias=None if bias is None else bias.cpu().to(dtype),
-        activation=activation,
-    )
-
 
 def assert_equals_formula(
     x, main, sides, bias=None, activation=None, config=None, splits=None
 ) -> None:
     result = decode_gap(x, main, sides, bias, activation, config, splits)
-    assert result.device == x.device
-    naive, exact = (
-        formula(x, main, sides, bias, activation, dtype) for dtype in (torch.float32, torch.float64)
+    assert result.device == x.device and result.dtype == torch.float32
+    inputs = Queries(x, main, sides, bias)
+    exact = inputs.to(torch.device("cpu")).to(torch.float64)
+    gaps = reference.activation_gap(
+        exact.x, exact.main, exact.sides, bias=exact.bias, activation=activation
     )
-    # An output is some 4 times the difference of two: so much larger is its error beside a gap.
-    assert_as_accurate(result.cpu(), naive, exact, 16 * (x.shape[-1] + STEPS))
+    assert_within(result.cpu(), gaps, gap_bound(inputs, activation))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -91,12 +79,7 @@ def test_long_sums_do_not_drift(dtype, monkeypatch):
     device = torch.device("cpu")
     side = random_rows(9, length, seed=1, dtype=dtype).abs()
     x = tokens(2, length, dtype, device).abs()
-    result = decode_gap(x, torch.zeros_like(side), [side], None, None, splits=1)
-    naive, exact = (
-        formula(x, torch.zeros_like(side), [side], None, None, work)
-        for work in (torch.float32, torch.float64)
-    )
-    assert_as_accurate(result, naive, exact, length)
+    assert_equals_formula(x, torch.zeros_like(side), [side], splits=1)
 
 
 def test_a_bad_number_stays_in_its_memory_and_row(device):

@@ -8,10 +8,11 @@ import math
 import pytest
 import torch
 from decode_inputs import ACTIVATIONS, DTYPES, EXTREMES, routes, strided, tokens, weights_of
+from error_bounds import assert_within, output_bound
 from far_memory import Addresses, FarTensor
+from gated_inputs import without_gate, without_ties
 from ops.layouts import LAYOUTS, random_rows, same_bits
-from ops.tolerances import assert_as_accurate
-from torch import Tensor
+from query_inputs import Queries
 
 from pyeditfast import reference
 from pyeditfast.ops import routed_linear
@@ -22,44 +23,26 @@ from pyeditfast_kernels.routed_decode import routed_decode
 
 CONFIGS = (configs.WIDE, configs.TALL, configs.GATED, configs.FINE, configs.ODD)
 
-# Roundings beside those of the sum: of a gated input and of the result.
-STEPS = 10
-
-
-def formula(
-    x: Tensor,
-    main: Tensor,
-    sides: list[Tensor],
-    route: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    gate_activation: str | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return reference.routed_linear(
-        x.cpu().to(dtype),
-        main.cpu().to(dtype),
-        [side.cpu().to(dtype) for side in sides],
-        torch.zeros(len(sides)),
-        bias=None if bias is None else bias.cpu().to(dtype),
-        route=route.cpu(),
-        gate=None if gate is None else gate.cpu().to(dtype),
-        gate_activation=gate_activation,
-    ).output
-
 
 def assert_equals_formula(
     x, main, sides, route, bias=None, gate=None, gate_activation=None, config=None, splits=None
 ) -> None:
-    result = routed_decode(x, main, sides, route, bias, gate, gate_activation, config, splits)
-    assert result.device == x.device and result.is_contiguous()
-    arguments = (x, main, sides, route, bias, gate, gate_activation)
-    assert_as_accurate(
-        result.cpu(),
-        formula(*arguments, x.dtype),
-        formula(*arguments, torch.float64),
-        x.shape[-1] + STEPS,
+    inputs = without_ties(Queries(x, main, sides, bias, gate=gate), gate_activation)
+    result = routed_decode(
+        inputs.x, main, sides, route, bias, gate, gate_activation, config, splits
     )
+    assert result.device == x.device and result.is_contiguous()
+    assert result.dtype == x.dtype
+    exact, _ = without_gate(inputs, gate_activation)
+    expected = reference.routed_linear(
+        exact.x,
+        exact.main,
+        exact.sides,
+        torch.zeros(len(sides)),
+        bias=exact.bias,
+        route=route.cpu(),
+    )
+    assert_within(result.cpu(), expected.output, output_bound(inputs, route, gate_activation))
 
 
 # The values.

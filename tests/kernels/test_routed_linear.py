@@ -8,10 +8,11 @@ import re
 import pytest
 import torch
 from decode_inputs import ACTIVATIONS, DTYPES
+from error_bounds import assert_within, gap_bound, output_bound
+from gated_inputs import without_gate, without_ties
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.layouts import LAYOUTS, empty_storage, random_rows, same_bits, view_of
-from ops.tolerances import assert_as_accurate
 from query_inputs import CONFIGS, SMALL, Queries, queries
 from torch import Tensor
 
@@ -21,9 +22,6 @@ from pyeditfast.reference.choose_route import MAIN
 from pyeditfast_kernels import activation_gap as gap_kernels
 from pyeditfast_kernels import memory_products as products
 from pyeditfast_kernels import routed_linear as kernels
-
-# Roundings beside those of the sum: of a gated input and of the result.
-STEPS = 10
 
 NEVER, ALWAYS = math.inf, -math.inf
 
@@ -50,30 +48,20 @@ def launch(
     )
 
 
-def formula(inputs: Queries, route: Tensor | None, gate_activation: str | None, dtype, **options):
-    inputs = inputs.to(torch.device("cpu")).to(dtype)
+def formula(inputs: Queries, gate_activation: str | None, **options) -> reference.Routed:
+    """Return the formula in float64, for inputs that ``without_ties`` returned."""
+    exact, _ = without_gate(inputs, gate_activation)
+    thresholds = torch.zeros(len(inputs.sides))
     return reference.routed_linear(
-        inputs.x,
-        inputs.main,
-        inputs.sides,
-        torch.zeros(len(inputs.sides)),
-        bias=inputs.bias,
-        mask=inputs.mask,
-        route=None if route is None else route.cpu(),
-        gate=inputs.gate,
-        gate_activation=gate_activation,
-        **options,
+        exact.x, exact.main, exact.sides, thresholds, bias=exact.bias, mask=exact.mask, **options
     )
 
 
 def assert_outputs_equal_formula(output, inputs: Queries, route, gate_activation="silu") -> None:
     assert output.device == inputs.x.device and output.is_contiguous()
-    assert_as_accurate(
-        output.cpu(),
-        formula(inputs, route, gate_activation, inputs.x.dtype).output,
-        formula(inputs, route, gate_activation, torch.float64).output,
-        inputs.x.shape[-1] + STEPS,
-    )
+    assert output.dtype == inputs.x.dtype
+    exact = formula(inputs, gate_activation, route=route.cpu()).output
+    assert_within(output.cpu(), exact, output_bound(inputs, route, gate_activation))
 
 
 def middle(gaps: Tensor) -> Tensor:
@@ -85,14 +73,12 @@ def assert_equals_formula(
     inputs: Queries, activation=None, gate_activation="silu", config=SMALL
 ) -> Tensor:
     """Check everything for thresholds that some queries pass; return the routes."""
-    exact = formula(inputs, None, gate_activation, torch.float64, activation=activation)
-    thresholds = middle(exact.gaps).float().to(inputs.x.device)
+    inputs = without_ties(inputs, gate_activation)
+    exact = formula(inputs, gate_activation, activation=activation).gaps
+    thresholds = middle(exact).float().to(inputs.x.device)
     output, route, gaps = launch(inputs, thresholds, activation, gate_activation, config)
-    plain = formula(inputs, None, gate_activation, inputs.x.dtype, activation=activation)
-    assert_as_accurate(
-        gaps.cpu(), plain.gaps.float(), exact.gaps, inputs.x.shape[-1] + inputs.main.shape[0]
-    )
-    assert route.dtype == torch.int64
+    assert gaps.dtype == torch.float32 and route.dtype == torch.int64
+    assert_within(gaps.cpu(), exact, gap_bound(inputs, activation, "auto", gate_activation))
     assert torch.equal(route, choose_route(gaps, thresholds))
     assert_outputs_equal_formula(output, inputs, route, gate_activation)
     return route

@@ -8,11 +8,12 @@ import math
 import pytest
 import torch
 from decode_inputs import ACTIVATIONS, DTYPES, routes
+from error_bounds import assert_within, output_bound
 from far_memory import Addresses, FarTensor
+from gated_inputs import without_gate, without_ties
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.layouts import LAYOUTS, empty_storage, random_rows, same_bits, view_of
-from ops.tolerances import assert_as_accurate
 from query_inputs import Queries, queries
 from torch import Tensor
 from truncation import truncate_dots
@@ -38,9 +39,6 @@ SMALL = Config(
     why="small inputs have several tiles",
 )
 
-# Roundings beside those of the sum: of a gated input and of the result.
-STEPS = 10
-
 
 def launch(inputs: Queries, route: Tensor, gate_activation="silu", config=SMALL) -> Tensor:
     return kernels.routed_linear_with_route(
@@ -55,29 +53,17 @@ def launch(inputs: Queries, route: Tensor, gate_activation="silu", config=SMALL)
     )
 
 
-def formula(inputs: Queries, route: Tensor, gate_activation: str | None, dtype) -> Tensor:
-    inputs = inputs.to(torch.device("cpu")).to(dtype)
-    return reference.routed_linear(
-        inputs.x,
-        inputs.main,
-        inputs.sides,
-        torch.zeros(len(inputs.sides)),
-        bias=inputs.bias,
-        route=route.cpu(),
-        gate=inputs.gate,
-        gate_activation=gate_activation,
-    ).output
-
-
 def assert_equals_formula(inputs, route, gate_activation="silu", config=SMALL) -> None:
+    inputs = without_ties(inputs, gate_activation)
     result = launch(inputs, route, gate_activation, config)
     assert result.device == inputs.x.device and result.is_contiguous()
-    assert_as_accurate(
-        result.cpu(),
-        formula(inputs, route, gate_activation, inputs.x.dtype),
-        formula(inputs, route, gate_activation, torch.float64),
-        inputs.x.shape[-1] + STEPS,
+    assert result.dtype == inputs.x.dtype
+    exact, _ = without_gate(inputs, gate_activation)
+    thresholds = torch.zeros(len(inputs.sides))
+    expected = reference.routed_linear(
+        exact.x, exact.main, exact.sides, thresholds, bias=exact.bias, route=route.cpu()
     )
+    assert_within(result.cpu(), expected.output, output_bound(inputs, route, gate_activation))
 
 
 # The values.

@@ -12,6 +12,8 @@ from shifts import HALVES, dense_shift, make_shift, weight_of
 from pyeditfast.backends import backend
 from pyeditfast.extension import extension_status, load_extension
 from pyeditfast.ops import apply_shift_
+from pyeditfast.ops.random_mask import random_uniform
+from pyeditfast.reference.apply_shift import round_stochastically
 
 extension = load_extension()
 pytestmark = pytest.mark.skipif(extension is None, reason=extension_status())
@@ -177,3 +179,22 @@ def test_the_compiled_function_passes_special_values_on():
             weight = torch.zeros(1, 5, dtype=dtype)
             call(weight, special, rounding=rounding)
             torch.testing.assert_close(weight, special.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_kind_of_number_is_rounded_stochastically_as_by_torch(dtype):
+    codes = torch.randint(-(2**31), 2**31, (300, 1001), generator=torch.Generator().manual_seed(3))
+    # Anything from subnormal numbers to those beyond the largest of 16 bits, in equal shares.
+    exact = codes.to(torch.int32).view(torch.float32)
+    largest = torch.tensor([torch.finfo(dtype).max, -torch.finfo(dtype).max]).repeat(500)
+    exact[-1, :1000] = largest * torch.linspace(1, 1 + 2.0**-8, 1000)
+    weight = torch.zeros(exact.shape, dtype=dtype)
+    call(weight, exact, rounding=1)
+    uniform = random_uniform(5, exact.shape)
+    expected = round_stochastically(exact, dtype, uniform)
+    # What becomes of a NaN's lower bits depends on the processor.
+    nan = exact.isnan()
+    assert weight[nan].isnan().all()
+    # Adding to a weight of 0 makes 0 of -0.
+    expected = torch.where(exact == 0, 0.0, expected)
+    assert same_bits(weight[~nan], expected[~nan])

@@ -16,7 +16,7 @@ from memories import (
 )
 from tolerances import floor, largest_error
 
-from pyeditfast import Choice, backend, backends
+from pyeditfast import backend, backends
 from pyeditfast.backends import explain
 from pyeditfast.ops import routed_linear
 from pyeditfast.ops.memories import taking
@@ -130,7 +130,8 @@ def test_more_memories_than_a_kernel_takes(caplog, monkeypatch):
     reason = "its kernels take up to 8 side memories, not 9"
     with caplog.at_level(logging.INFO, logger="pyeditfast.backends"):
         routed = routed_linear(x, main, sides, thresholds, bias=bias)
-    assert f"routed_linear on cpu: torch (triton not used: {reason})" in caplog.messages
+    reasons = f"cuda not used: {reason}; triton not used: {reason}"
+    assert f"routed_linear on cpu: torch ({reasons})" in caplog.messages
     assert routed.route.tolist() == route
     exact = exact_output(x, main, sides, route, bias)
     assert largest_error(routed.output, exact) <= floor(torch.float64, 7)
@@ -139,8 +140,8 @@ def test_more_memories_than_a_kernel_takes(caplog, monkeypatch):
     # On a GPU that has the kernel, eight memories are taken and nine are not.
     cuda, narrow = torch.device("cuda"), [main.float()] * 9
     choice = explain("routed_linear", taking(op.CANDIDATES, narrow[0], narrow[:8]), cuda)
-    assert choice == Choice("routed_linear", "triton", "first choice on cuda")
+    assert choice.backend == "triton"
     choice = explain("routed_linear", taking(op.CANDIDATES, narrow[0], narrow), cuda)
-    assert choice == Choice("routed_linear", "torch", f"triton not used: {reason}")
+    assert choice.backend == "torch" and choice.reason.endswith(f"triton not used: {reason}")
     choice = explain("routed_linear", taking(op.CANDIDATES, narrow[0], []), cuda)
-    assert choice.reason == "triton not used: there is no side memory"
+    assert choice.reason.endswith("triton not used: there is no side memory")

@@ -67,7 +67,8 @@ def test_published_variance_takes_one_row_as_variance_zero():
     moments.update(torch.tensor([[1.0]]))
     moments.update(torch.tensor([[3.0]]))
     # 1 row, then 1 · 1 · (3 − 1)² / 2 = 2, over N − 1 = 1.
-    assert moments.std.item() == math.sqrt(2.0)
+    # The last digit of torch's root is the processor's.
+    assert moments.std.item() == pytest.approx(math.sqrt(2.0), rel=1e-15)
 
 
 @pytest.mark.parametrize("segments", [[20], [3, 4, 13], [5, 1, 1, 13]], ids=str)

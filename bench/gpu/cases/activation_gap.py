@@ -91,6 +91,8 @@ def case(
         unit="fp32" if dtype == "fp32" else "bf16",
         bytes=float(size * (batch * tokens * d_in + (1 + memories) * d_in * d_out)),
         memory=float((1 + memories) * d_in * d_out * 32 + batch * tokens * (d_in + 9 * d_out) * 32),
+        # It takes single tokens.
+        without=() if tokens == 1 else ("cuda",),
         asynchronous=True,
         timed=timed,
     )
@@ -102,15 +104,23 @@ def cases(size: str) -> list[Case]:
         return [
             case((3, 5, 48, 24), 2, timed=True),
             case((2, 1, 40, 33), 1, "fp16", None),
+            case((5, 1, 33, 17), 2, "fp32", "gelu", bias=True),
             case((4, 7, 33, 17), 3, "fp32", "gelu", masked=True, bias=True),
         ]
     down = (14336, 4096)
     if size == "small":
-        return [case((8, 64, *down), 2, timed=True), case((3, 17, *down), 1, "fp32")]
+        return [
+            case((8, 64, *down), 2, timed=True),
+            case((3, 17, *down), 1, "fp32"),
+            case((16, 1, *down), 2),
+        ]
     return [
         case((1, 512, *down), 2, timed=True),
         case((8, 64, *down), 2, timed=True),
         case((16, 1, *down), 2, timed=True),
+        *(case((7, 1, *down), 2, dtype, "gelu_tanh", bias=True) for dtype in DTYPES),
+        case((16, 1, *down), 8, masked=True),
+        case((3, 1, 4095, 4097), 2, activation="relu"),
         *(case((6, 50, *down), 2, dtype, "gelu") for dtype in DTYPES),
         case((9, 120, *down), 8, masked=True, bias=True),
         case((5, 33, *down), 1, activation="gelu_tanh"),

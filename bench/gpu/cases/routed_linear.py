@@ -77,10 +77,13 @@ def plain(inputs: Inputs) -> Outputs:
 
 def plain_decode(inputs: Inputs) -> Outputs:
     """Return the outputs memory by memory, with the rows of each known to the host beforehand."""
-    output = inputs["x"].new_empty(*inputs["x"].shape[:2], inputs["main"].shape[0])
+    x, gate = inputs["x"], inputs.get("gate")
+    if gate is not None:
+        x = silu(gate) * x
+    output = x.new_empty(*x.shape[:2], inputs["main"].shape[0])
     for number, rows in inputs["rows_of"]:
         memory = inputs["main"] if number < 0 else inputs["sides"][number]
-        output[rows] = linear(inputs["x"][rows], memory)
+        output[rows] = linear(x[rows], memory, inputs["bias"])
     return {"output": output, "route": inputs["route"]}
 
 
@@ -142,6 +145,7 @@ def prefill(
         unit="fp32" if dtype == "fp32" else "bf16",
         bytes=float(size * (rows * (d_in * (1 + gated) + d_out) + used * d_in * d_out)),
         memory=float((1 + memories) * d_in * d_out * 32 + rows * (d_in + 9 * d_out) * 40),
+        without=("cuda",),
         asynchronous=True,
         timed=timed,
     )
@@ -154,13 +158,17 @@ def decode(
     in_use: int,
     dtype: str = "bf16",
     *,
+    bias: bool = False,
+    gated: bool = False,
     timed: bool = False,
 ) -> Case:
     """Return the case of one token a row with a route; rows use ``in_use`` memories."""
     d_in, d_out = d
 
     def inputs(device: torch.device, generator: torch.Generator) -> Inputs:
-        made = make((batch, 1, d_in, d_out), memories, dtype, device, generator)
+        made = make((batch, 1, d_in, d_out), memories, dtype, device, generator, bias=bias)
+        if gated:
+            made["gate"] = normal((batch, 1, d_in), DTYPES[dtype], device, generator)
         route = [(row * in_use) // batch for row in range(batch)]
         # The last one in use is the main memory, where there are several.
         route = [-1 if in_use > 1 and number == in_use - 1 else number for number in route]
@@ -173,6 +181,7 @@ def decode(
 
     words = {1: "one memory", 2: "two memories", 3: "three memories"}
     kinds = ["decode", f"{batch} rows", f"{words[in_use]} in use"]
+    kinds += ["bias"] * bias + ["gate"] * gated
     kinds += [dtype] if dtype != "bf16" else []
     kinds += [f"{d_in} → {d_out}"] if d != DOWN else []
     size = DTYPES[dtype].itemsize
@@ -186,7 +195,42 @@ def decode(
         length=terms(dtype, d_in),
         flops=2.0 * batch * d_in * d_out,
         unit="fp32" if dtype == "fp32" else "bf16",
-        bytes=float(size * (batch * (d_in + d_out) + in_use * d_in * d_out)),
+        bytes=float(size * (batch * (d_in * (1 + gated) + d_out) + in_use * d_in * d_out)),
+        memory=float((1 + memories) * d_in * d_out * 32),
+        asynchronous=True,
+        timed=timed,
+    )
+
+
+def first_token(
+    batch: int,
+    d: tuple[int, int],
+    memories: int,
+    dtype: str = "bf16",
+    *,
+    masked: bool = False,
+    timed: bool = False,
+) -> Case:
+    """Return the case of one token a row whose gaps choose the memory."""
+    d_in, d_out = d
+    kinds = ["one token", f"{batch} rows", f"{memories} memories", *["masked"] * masked]
+    kinds += [dtype] if dtype != "bf16" else []
+    kinds += [f"{d_in} → {d_out}"] if d != DOWN else []
+    return Case(
+        "routed_linear",
+        ", ".join(kinds),
+        lambda device, generator: make(
+            (batch, 1, d_in, d_out), memories, dtype, device, generator, masked=masked
+        ),
+        run,
+        exact=exact,
+        plain={"torch": plain},
+        length=terms(dtype, d_in),
+        flops=2.0 * (1 + memories) * batch * d_in * d_out,
+        unit="fp32" if dtype == "fp32" else "bf16",
+        bytes=float(
+            DTYPES[dtype].itemsize * (batch * (d_in + d_out) + (1 + memories) * d_in * d_out)
+        ),
         memory=float((1 + memories) * d_in * d_out * 32),
         asynchronous=True,
         timed=timed,
@@ -202,11 +246,14 @@ def cases(size: str) -> list[Case]:
             prefill((3, 4, 48, 24), 2, gated=True),
             prefill((3, 4, 48, 24), 2, "fp16", routed=True),
             decode(4, (48, 24), 2, 3, timed=True),
+            decode(9, (33, 17), 2, 2, "fp32", bias=True, gated=True),
+            first_token(5, (48, 24), 2),
         ]
     if size == "small":
         return [
             prefill((1, 512, *DOWN), 2, timed=True),
             decode(16, DOWN, 2, 3, timed=True),
+            first_token(4, DOWN, 2, "fp16"),
             prefill((4, 33, *DOWN), 2, "fp32", masked=True),
             prefill((4, 33, *DOWN), 2, gated=True),
         ]
@@ -218,11 +265,16 @@ def cases(size: str) -> list[Case]:
         decode(16, DOWN, 2, 1, timed=True),
         decode(16, DOWN, 2, 3, timed=True),
         decode(1, DOWN, 2, 1, timed=True),
+        decode(8, DOWN, 2, 1, timed=True),
+        first_token(1, DOWN, 2, timed=True),
+        first_token(16, DOWN, 8, masked=True),
         *(prefill((6, 50, *DOWN), 2, dtype) for dtype in DTYPES),
         prefill((9, 120, *DOWN), 8, masked=True, bias=True),
         prefill((5, 33, *DOWN), 1),
         prefill((7, 41, 4095, 4097), 3),
         prefill((6, 50, *DOWN), 2, "fp16", gated=True),
         *(decode(batch, DOWN, 8, 3, dtype) for batch in (3, 16) for dtype in DTYPES),
+        *(decode(16, DOWN, 2, 3, dtype, bias=True, gated=True) for dtype in DTYPES),
+        *(first_token(5, DOWN, 2, dtype) for dtype in DTYPES),
         decode(16, (4095, 4097), 2, 3),
     ]
