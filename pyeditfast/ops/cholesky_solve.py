@@ -5,19 +5,25 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from pyeditfast import reference
-from pyeditfast.backends import Candidate, always, choose
+from pyeditfast.backends import Candidate, always, choose, refusing
 from pyeditfast.errors import NonFiniteError, NotPositiveDefiniteError
 from pyeditfast.ops.checks import check_rows, check_same_device, check_square
+from pyeditfast.ops.cholesky_on_cuda import solve_on_cuda
+from pyeditfast.ops.compiled import cuda_candidate
 
 logger = logging.getLogger(__name__)
 
-CANDIDATES = (Candidate("torch", always), Candidate("reference", always))
+CANDIDATES = (
+    cuda_candidate("cholesky_solve"),
+    Candidate("torch", always),
+    Candidate("reference", always),
+)
 
 JITTERS = (1e-12, 1e-10, 1e-8)
 """Multiples of the mean diagonal that are tried, in float64, on an item that is not positive
@@ -58,18 +64,30 @@ def cholesky_solve(gram: Tensor, rhs: Tensor, *, overwrite_gram: bool = False) -
     check_same_device("gram", gram.device, "rhs", rhs.device)
     if overwrite_gram:
         _check_overwritable(gram, rhs)
-    if choose("cholesky_solve", CANDIDATES, gram.device) == "reference":
+    chosen = choose("cholesky_solve", _candidates(gram, rhs, overwrite_gram), gram.device)
+    if chosen == "reference":
         return reference.cholesky_solve(gram.double(), rhs.double()).to(rhs.dtype)
     if gram.numel() == 0:
         return rhs.clone()
     if overwrite_gram:
         return _solve_overwriting(gram, rhs)
-    factor, info = torch.linalg.cholesky_ex(gram)
-    # LAPACK takes an infinite last pivot for a good one.
-    sound = (info == 0) & factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
-    if not bool(sound.all()):
-        return _solve_item_by_item(gram, rhs, factor, sound)
-    return torch.cholesky_solve(rhs, factor)
+    if chosen == "cuda":
+        solution, pivots = solve_on_cuda(gram, rhs)
+        sound = pivots == 0
+    else:
+        factor, pivots = torch.linalg.cholesky_ex(gram)
+        # LAPACK takes an infinite last pivot for a good one.
+        sound = (pivots == 0) & factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+        solution = torch.cholesky_solve(rhs, factor)
+    return solution if bool(sound.all()) else _repaired(gram, rhs, solution, sound)
+
+
+def _candidates(gram: Tensor, rhs: Tensor, overwrite_gram: bool) -> Sequence[Candidate]:
+    if overwrite_gram:
+        return refusing(CANDIDATES, "cuda", "a matrix is overwritten by torch's solver")
+    if torch.is_grad_enabled() and (gram.requires_grad or rhs.requires_grad):
+        return refusing(CANDIDATES, "cuda", "the CUDA form has no backward pass")
+    return CANDIDATES
 
 
 def factor_(gram: Tensor) -> int:
@@ -167,19 +185,17 @@ def _lower_is_finite(gram: Tensor) -> bool:
     return bool(torch.stack(norms).isfinite().all())
 
 
-def _solve_item_by_item(gram: Tensor, rhs: Tensor, factor: Tensor, sound: Tensor) -> Tensor:
+def _repaired(gram: Tensor, rhs: Tensor, solution: Tensor, sound: Tensor) -> Tensor:
+    """Return the solution with the items that are not ``sound`` solved anew, in float64."""
     n, m = rhs.shape[-2:]
-    grams, factors = gram.reshape(-1, n, n), factor.reshape(-1, n, n)
-    sides, solution = rhs.reshape(sound.numel(), n, m), rhs.new_empty(sound.numel(), n, m)
-    for item, has_factor in enumerate(sound.flatten().tolist()):
-        if has_factor:
-            solution[item] = torch.cholesky_solve(sides[item], factors[item])
-        else:
-            repaired = repaired_factor(functools.partial(_in_float64, grams[item]), item)
-            side = _in_float64(sides[item])
-            substitute_(repaired, side)
-            solution[item] = side
-    return solution.reshape(rhs.shape)
+    grams, sides = gram.reshape(-1, n, n), rhs.reshape(-1, n, m)
+    repaired = solution.reshape(-1, n, m).clone()
+    for item in (~sound).flatten().nonzero().flatten().tolist():
+        factor = repaired_factor(functools.partial(_in_float64, grams[item]), item)
+        side = _in_float64(sides[item])
+        substitute_(factor, side)
+        repaired[item] = side
+    return repaired.reshape(rhs.shape)
 
 
 def _in_float64(tensor: Tensor) -> Tensor:
