@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+with contextlib.suppress(ImportError):
+    from hypothesis import HealthCheck, settings
+
+    # On a busy machine an example may take any time. The rest of the profile is hypothesis' own,
+    # which draws other examples in every run, and the same ones where CI=true is set.
+    patient = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("patient", settings.default, **patient)
+    settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +39,11 @@ def data_dir() -> Path:
 def one_thread() -> None:
     """Run torch on one thread: tiny shapes gain nothing from more, busy machines lose much."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let SIGINT interrupt: a shell has the programs ignore it that it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -93,7 +93,8 @@ void magnitude_thresholds(std::int64_t missing) {
 template <typename T>
 void cholesky_solves() {
     constexpr int kBits = 8 * sizeof(T);
-    const std::int64_t sizes[][3] = {{1, 1, 1}, {3, 5, 130}, {1, 64, 16}, {2, 67, 17}, {1, 130, 70}};
+    const std::int64_t sizes[][3] = {
+        {1, 1, 1}, {3, 5, 130}, {1, 64, 16}, {2, 67, 17}, {1, 130, 70}};
     for (const auto& [items, n, columns] : sizes) {
         for (const bool solvable : {true, false}) {
             const Buffer gram(items * n * n * static_cast<std::int64_t>(sizeof(T)));
@@ -101,7 +102,8 @@ void cholesky_solves() {
             const Buffer info(items * static_cast<std::int64_t>(sizeof(std::int32_t)));
             const Buffer workspace(pyeditfast_cuda_cholesky_solve_workspace(kBits, items, n));
             for (std::int64_t i = 0; i < items * n; ++i) {
-                gram.at<T>()[i * n + i % n] = static_cast<T>(solvable || i % n != n / 2 ? 4 * n : -1);
+                const bool fails = !solvable && i % n == n / 2;
+                gram.at<T>()[i * n + i % n] = static_cast<T>(fails ? -1 : 4 * n);
             }
             require(pyeditfast_cuda_cholesky_solve(gram.at(), rhs.at(), kBits, items, n, columns,
                                                    info.at<std::int32_t>(), workspace.at(),

@@ -183,6 +183,15 @@ def test_several_leading_dimensions_and_one_expanded_gram():
     assert same_bits(solution, whole.reshape(17, 2, 3, 3).permute(1, 2, 0, 3))
 
 
+def test_a_second_matrix_can_be_spared():
+    gram, rhs = systems(2, 66, 3, torch.float32)
+    before = gram.clone()
+    expected, _ = solve_on_cuda(gram, rhs)
+    assert same_bits(gram, before)
+    assert same_bits(solve_on_cuda(gram, rhs, overwrite_gram=True)[0], expected)
+    assert not torch.equal(gram, before)
+
+
 @pytest.mark.parametrize(
     "shape", [(0, 4), (5, 0), (0, 0), (0, 5, 3), (2, 0, 3), (3, 4, 0)], ids=str
 )

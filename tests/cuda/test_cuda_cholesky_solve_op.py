@@ -6,7 +6,6 @@ import pytest
 import torch
 from ops.layouts import random_rows, same_bits
 
-from pyeditfast import backend
 from pyeditfast.errors import NonFiniteError, NotPositiveDefiniteError
 from pyeditfast.ops import cholesky_solve
 from pyeditfast.ops.cholesky_on_cuda import solve_on_cuda

@@ -204,6 +204,7 @@ def test_numerical_errors_name_turn_and_module(monkeypatch):
         editor.edit(facts(3))
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_weights_are_written_waits(monkeypatch):
     editor, clean = make_editor(), make_editor()
     original = ultraedit.apply_shift_

@@ -284,6 +284,7 @@ def test_the_pool_of_locality_prompts_is_walked_whatever_the_calls():
         assert [edit.locality_prompt for edit in wise.memories.current.edits] == list("abcd")
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_run_reports_its_last_edit(monkeypatch):
     wise, report = editor(n_iter=3, act_ratio=100.0), EditReport()
     run = wise_training.SideMemoryTraining.run

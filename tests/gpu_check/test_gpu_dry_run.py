@@ -1,4 +1,7 @@
-"""Both commands from end to end on the CPU, and the plugin that reports tests."""
+"""Both commands from end to end on the CPU, and the plugin that reports tests.
+
+The commands write to one folder, so their tests are in one file, which one process runs.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,27 @@ def test_the_whole_command(tmp_path, interpreter):
     assert {entry["name"] for entry in content["ceilings"]} == {"copy", "bf16", "fp32", "fp64"}
     assert all(entry["of_floor"] > 0 for entry in content["timings"])
     assert "nothing failed" in ran.stdout
+
+
+@pytest.mark.slow
+def test_tuning(tmp_path, interpreter):
+    options = ["--device", "cpu", "--size", "tiny", "--ops", "edit_values", "--folder", tmp_path]
+    pytest.importorskip("triton")
+    from pyeditfast_kernels.edit_values import CANDIDATES
+
+    ran = subprocess.run(
+        [sys.executable, "-m", "bench.gpu.tune", *options],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-1000:]
+    content = json.loads((tmp_path / "cpu.json").read_text())
+    classes = content["configurations"]["edit_values"]
+    assert set(classes) == set(CANDIDATES)
+    for shape_class, entry in classes.items():
+        names = [config.name for config in CANDIDATES[shape_class]]
+        assert list(entry["median_seconds"]) == names and entry["config"] in names
 
 
 @pytest.mark.slow

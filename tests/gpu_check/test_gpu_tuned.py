@@ -268,21 +268,3 @@ def test_an_op_that_failed_keeps_what_was_known(device_row):
         assert content["configurations"]["gram"]["x"]["config"] == "new"
         entry = content["configurations"].get("covariance", {"x": {"config": None}})
         assert entry["x"]["config"] == kept
-
-
-@pytest.mark.slow
-def test_the_whole_command(tmp_path, interpreter):
-    options = ["--device", "cpu", "--size", "tiny", "--ops", "edit_values", "--folder", tmp_path]
-    ran = subprocess.run(
-        [sys.executable, "-m", "bench.gpu.tune", *options],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-1000:]
-    content = json.loads((tmp_path / "cpu.json").read_text())
-    classes = content["configurations"]["edit_values"]
-    assert set(classes) == set(edit_values.CANDIDATES)
-    for shape_class, entry in classes.items():
-        names = [config.name for config in edit_values.CANDIDATES[shape_class]]
-        assert list(entry["median_seconds"]) == names and entry["config"] in names
