@@ -166,9 +166,15 @@ def explain(op: str, candidates: Sequence[Candidate], device: torch.device) -> C
     raise ValueError(f"{op} has no usable backend {requested!r} on {device.type} ({detail})")
 
 
-@functools.cache
+_logged: set[tuple[str, str, str]] = set()
+
+
 def _log_once(choice: Choice, device_type: str) -> None:
-    logger.info("%s on %s: %s (%s)", choice.op, device_type, choice.backend, choice.reason)
+    # Whatever the reason: some tell shapes, and nearly every prompt has a shape of its own.
+    logged = (choice.op, choice.backend, device_type)
+    if logged not in _logged:
+        _logged.add(logged)
+        logger.info("%s on %s: %s (%s)", choice.op, device_type, choice.backend, choice.reason)
 
 
 def choose(op: str, candidates: Sequence[Candidate], device: torch.device) -> str:

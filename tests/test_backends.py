@@ -316,3 +316,16 @@ def test_names_are_public():
     assert pyeditfast.backend is backends.backend
     assert pyeditfast.chosen_backends is backends.chosen_backends
     assert pyeditfast.Choice is backends.Choice
+
+
+def test_a_reason_that_tells_shapes_is_logged_once(caplog):
+    with caplog.at_level(logging.INFO, logger="pyeditfast.backends"):
+        for tokens in range(3):
+            candidates = [
+                Candidate("cuda", lambda device, tokens=tokens: f"not for {tokens} tokens"),
+                Candidate("torch", always),
+            ]
+            assert choose("another_op_of_this_test", candidates, CPU) == "torch"
+    assert caplog.messages == [
+        "another_op_of_this_test on cpu: torch (cuda not used: not for 0 tokens)"
+    ]

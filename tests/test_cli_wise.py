@@ -62,8 +62,8 @@ def test_edit_saves_what_the_editor_gives(model_dir, tmp_path, run):
         "before: efficacy",
         "7 edits in 7 turns",
         "side memory 0: 4 edits, threshold ",
-        "side memory 2: 1 edits, threshold ",
-        "% of edit prompts to the main memory",
+        "side memory 2: 1 edit, threshold ",
+        "% of its edit prompts below the threshold",
         "after:  efficacy",
         "routed as wanted: efficacy ",
     ):
@@ -240,6 +240,9 @@ def test_every_option_reaches_its_setting(model_dir, tmp_path, monkeypatch, run)
         (("--method", "wise", "--preset", "phi-4"), "unknown preset 'phi-4'"),
         (("--method", "wise", "--resume"), "was not saved by an editor"),
         (("--method", "wise", "--locality-prompts", "nowhere.txt"), "nowhere.txt"),
+        (("--method", "wise", "--device", "gpu"), "--device gpu: "),
+        (("--method", "wise", "--device", "cuda:99"), "--device cuda:99: "),
+        (("--method", "wise", "--chat-template"), "the tokenizer has no chat template"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(model_dir, tmp_path, run, options, message):

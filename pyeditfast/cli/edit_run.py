@@ -124,21 +124,14 @@ def score(editor: Editor, records: Records) -> Scores:
 
 
 def memories_told(editor: Editor) -> list[str]:
-    """Return a line on each side memory: its edits, its threshold and, where that is calibrated,
-    the errors to expect.
-    """
+    """Return a line on each side memory: its edits and its threshold."""
+    from pyeditfast.editors.report import counted
     from pyeditfast.editors.wise import WiseEditor
 
     if not isinstance(editor, WiseEditor):
         return []
-    lines = []
-    for number, memory in enumerate(editor.memories.all()):
-        line = f"side memory {number}: {len(memory.edits)} edits, threshold {memory.threshold:.4g}"
-        if editor.calibrations:
-            calibration = editor.calibrations[number]
-            line += (
-                f", expected errors: {100 * calibration.missed:.1f} % of edit prompts to the main "
-                f"memory, {100 * calibration.strayed:.1f} % of locality prompts to this one"
-            )
-        lines.append(line)
-    return lines
+    return [
+        f"side memory {number}: {counted(len(memory.edits), 'edit')}, "
+        f"threshold {memory.threshold:.4g}"
+        for number, memory in enumerate(editor.memories.all())
+    ]

@@ -37,9 +37,18 @@ def open_model(
 
 
 def open_device(device: str | None) -> str | None:
-    """Return the device to use where ``device`` was given: a GPU if there is one."""
+    """Return the device to use where ``device`` was given: a GPU if there is one.
+
+    Raises ``ValueError`` for one that is not there.
+    """
     import torch
 
-    if device is not None:
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else None
+    if device == "auto":
         return device
-    return "cuda" if torch.cuda.is_available() else None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    return device

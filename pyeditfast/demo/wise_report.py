@@ -9,6 +9,7 @@ from typing import Any
 
 from pyeditfast.demo.report import SCORES, Sample, percent, table
 from pyeditfast.editors import EditReport, WiseConfig
+from pyeditfast.editors.report import counted
 from pyeditfast.evaluation import Scores
 from pyeditfast.routing_plot import draw_routing
 
@@ -78,8 +79,8 @@ class WiseDemoResult:
         return (
             f"A side memory answers {percent(routing.efficacy)} of the edited prompts and "
             f"{percent(routing.generalization)} of their rephrasings; the main memory answers "
-            f"{percent(routing.specificity)} of the untouched ones. {len(self.report.not_routed)} "
-            "edits are not routed."
+            f"{percent(routing.specificity)} of the untouched ones. Not routed: "
+            f"{counted(len(self.report.not_routed), 'edit')}."
         )
 
     def to_dict(self) -> dict[str, Any]:

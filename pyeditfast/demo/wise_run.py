@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -201,9 +202,9 @@ def _times(
         their_seconds.append(middle - start)
         our_seconds.append(time.perf_counter() - middle)
     # The first edit sets libraries up.
-    return sorted(their_seconds[1:])[len(edits) // 2 - 1], sorted(our_seconds[1:])[
-        len(edits) // 2 - 1
-    ]
+    return median_low(their_seconds[1:] or their_seconds), median_low(
+        our_seconds[1:] or our_seconds
+    )
 
 
 def _cache(out: Path) -> Path:

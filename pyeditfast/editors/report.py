@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pyeditfast.editors.wise_thresholds import Calibration
+
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
@@ -28,14 +30,16 @@ class EditReport:
     ``edits`` carried out in ``turns``; those ``rejected``, with reasons; ``seconds`` by phase, with
     the wall clock under ``"total"``; ``peak_memory_bytes``: allocated on the CUDA devices, or the
     process's resident set on a CPU. WISE also tells which edits were carried out but are
-    ``not_routed``: their prompt alone does not reach a side memory, so that the model answers it as
-    before.
+    ``not_routed``: their prompt alone does not reach the side memory that holds them, so that the
+    model answers it as before or from another one. ``calibrations``: the threshold of each side
+    memory and its expected errors, where they were calibrated.
     """
 
     edits: int = 0
     turns: int = 0
     rejected: list[Rejection] = field(default_factory=list)
     not_routed: list[Rejection] = field(default_factory=list)
+    calibrations: list[Calibration] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
 
@@ -51,7 +55,7 @@ class EditReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{_counted(self.edits, 'edit')} in {_counted(self.turns, 'turn')}, "
+            f"{counted(self.edits, 'edit')} in {counted(self.turns, 'turn')}, "
             f"{self.edits_per_second:.1f} edits/s, "
             f"{len(self.rejected)} rejected, peak memory {self.peak_memory_bytes / 2**20:.0f} MiB"
         ]
@@ -61,8 +65,11 @@ class EditReport:
             lines.extend(f"{label} {edit}" for edit in edits[:5])
             if len(edits) > 5:
                 lines.append(f"... and {len(edits) - 5} more {label}")
+        for number, calibration in enumerate(self.calibrations):
+            lines.append(f"side memory {number}: {calibration}")
         return "\n".join(lines)
 
 
-def _counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """Return ``number`` and ``noun``, which takes an s where that is needed."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -9,10 +9,16 @@ from torch import Tensor
 
 from pyeditfast.data.edit import Edit
 from pyeditfast.editors.wise_config import WiseConfig
+from pyeditfast.editors.wise_undo import BeforeSteps
 from pyeditfast.ops import merge
 
 EARLIER_SHARE = 0.6
 """What the memory of earlier merges weighs in a later one (WISE-Merge, the published code)."""
+
+MERGE_SEEDS = 1 << 33
+"""Where the seeds of merges begin, above those of all masks: a merge that drew the masks of its
+shards again would keep all of what they trained.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,8 @@ class SideMemories:
         self.shards: list[SideMemory] = []
         self.current: SideMemory | None = None
         self.shards_begun = 0
+        self._before: BeforeSteps | None = None
+        self._edits_before = 0
 
     def all(self) -> list[SideMemory]:
         """Return every memory that a query can be routed to."""
@@ -64,10 +72,13 @@ class SideMemories:
         return [*self.merged, *self.shards, *trained]
 
     def trainable(self) -> SideMemory:
-        """Return the memory that the next edits are written to."""
+        """Return the memory that the next batch is written to; ``end_batch`` has to follow."""
         if self.current is None:
             self.current = SideMemory(self.main.clone())
             self.shards_begun += 1
+        elif self.current.edits:
+            self._before = BeforeSteps(self.current.weight, self.config, self.mask_seed)
+            self._edits_before = len(self.current.edits)
         return self.current
 
     @property
@@ -75,11 +86,16 @@ class SideMemories:
         """Return the seed of the mask of the memory in training: another for every shard."""
         return self.config.seed + max(0, self.shards_begun - 1)
 
-    def drop_without_edits(self) -> None:
-        """Forget the memory in training if no edit came to be in it, whatever was tried."""
-        if self.current is not None and not self.current.edits:
+    def end_batch(self) -> None:
+        """Undo what was tried on the memory in training if no edit came to be in it."""
+        before, self._before = self._before, None
+        if self.current is None:
+            return
+        if not self.current.edits:
             self.current = None
             self.shards_begun -= 1
+        elif before is not None and len(self.current.edits) == self._edits_before:
+            before.restore()
 
     def close_shard_if_full(self) -> None:
         """Turn the memory in training into a shard after ``save_freq`` edits, and merge the shards
@@ -109,7 +125,7 @@ class SideMemories:
             self.config.merge_alg,
             density=self.config.density,
             weights=weights,
-            seed=self.config.seed,
+            seed=MERGE_SEEDS + self.config.seed + self.shards_begun,
         )
         merged = SideMemory(
             weight,

@@ -18,13 +18,15 @@ from pyeditfast.data.edit import Edit
 from pyeditfast.editors import wise_files
 from pyeditfast.editors.interrupts import interrupt_held_back
 from pyeditfast.editors.presets import default_wise_module
-from pyeditfast.editors.report import EditReport, Rejection
+from pyeditfast.editors.report import EditReport, Rejection, counted
 from pyeditfast.editors.side_memories import SideMemories, SideMemory, WrittenEdit
 from pyeditfast.editors.turns import Turn, gather_turns
 from pyeditfast.editors.wise_config import SLOT, WiseConfig
+from pyeditfast.editors.wise_graph import StepGraphs
 from pyeditfast.editors.wise_module import gap_activation, require_feed_forward, require_unrouted
 from pyeditfast.editors.wise_past import PastEdits
 from pyeditfast.editors.wise_prompts import PromptBuilder, pad_token, sample_templates
+from pyeditfast.editors.wise_routes import explanation, reasons_not_routed
 from pyeditfast.editors.wise_thresholds import Calibration, calibrate
 from pyeditfast.editors.wise_training import EditQueries, SideMemoryTraining
 from pyeditfast.errors import EditRejectedError
@@ -51,6 +53,11 @@ class WiseEditor:
     by a ``WiseLinear``, which answers as it did until an edit is made; ``detach`` puts it back. The
     main memory is never changed. Raises ``UnknownModuleError``, ``UnsupportedWeightError`` or
     ``ValueError`` for a module that cannot be edited.
+
+    Memory beside the model: a matrix of the module's size for each side memory, be it trained,
+    waiting for a merge or merged. While a batch is trained also a copy of what its steps can
+    change, so that one that fails is undone: ``mask_ratio`` of a matrix in 16 bits, a whole one in
+    float32.
     """
 
     def __init__(
@@ -60,7 +67,11 @@ class WiseEditor:
         config: WiseConfig | None = None,
     ) -> None:
         config = config if config is not None else WiseConfig()
+        if not isinstance(config, WiseConfig):
+            raise TypeError(f"config is a {type(config).__name__}; a WiseConfig is needed")
         require_unrouted(model)
+        if config.chat_template and not tokenizer.chat_template:
+            raise ValueError("chat_template is set, and the tokenizer has no chat template")
         if config.edit_module is None:
             config = dataclasses.replace(config, edit_module=default_wise_module(model))
             logger.info("edit_module not given; editing %s", config.edit_module)
@@ -77,6 +88,7 @@ class WiseEditor:
         self.records = 0
         self.calibrations: list[Calibration] = []
         self._past = PastEdits(config)
+        self._graphs = StepGraphs()
         self._module_name = config.edit_module
         self._activation = gap_activation(model, config.activation)
         self.layer: WiseLinear = install(
@@ -184,7 +196,7 @@ class WiseEditor:
             try:
                 self._train(turn, builder, queries, texts, clock)
             finally:
-                self.memories.drop_without_edits()
+                self.memories.end_batch()
             written.extend((index, texts[index]) for index in turn.edits)
             self.edits += len(turn.edits)
             self.records += turn.consumed
@@ -203,10 +215,10 @@ class WiseEditor:
         texts: dict[int, WrittenEdit],
         clock: PhaseClock,
     ) -> None:
-        memory = self.memories.trainable()
         try:
             with frozen(self.model), self.layer.suspended():
                 with clock.phase("prefix"):
+                    memory = self.memories.trainable()
                     training = SideMemoryTraining(
                         self.runner,
                         self._module_name,
@@ -218,6 +230,7 @@ class WiseEditor:
                         list(queries.values()),
                         self._past.draw(self.memories, builder, self.edits),
                         pad_token=pad_token(self.tokenizer),
+                        graphs=self._graphs,
                     )
                 with clock.phase("steps"):
                     outcome = training.run(self.memories.mask_seed)
@@ -228,11 +241,9 @@ class WiseEditor:
                 turn.reject(index, f"out of memory: {str(error).splitlines()[0]}")
             return
         if not outcome.finite:
+            steps = counted(outcome.steps, "step")
             for index in queries:
-                turn.reject(
-                    index,
-                    f"the loss is not finite after {outcome.steps} steps; no further one was taken",
-                )
+                turn.reject(index, f"the loss is not finite after {steps}; the edit was undone")
             return
         for index, gap in zip(queries, outcome.in_gaps, strict=True):
             memory.note(gap, texts[index], self.config.act_ratio)
@@ -244,9 +255,10 @@ class WiseEditor:
     def _publish(self) -> None:
         """Let the router know the memories as they are."""
         memories = self.memories.all()
-        if len(memories) == MOST_IN_A_KERNEL + 1:
+        if len(memories) > MOST_IN_A_KERNEL >= len(self.layer.side_weights):
             logger.warning(
-                "%d side memories are more than the kernels take (%d); torch routes from here on",
+                "%d side memories are more than the GPU kernels take (%d); "
+                "they are routed without them, which is slower",
                 len(memories),
                 MOST_IN_A_KERNEL,
             )
@@ -262,13 +274,15 @@ class WiseEditor:
             return
         if self.config.calibrate:
             self._calibrate(builder)
-        prompts = [builder.prompt_query(edit.edit.prompt) for _, edit in written]
+            report.calibrations = list(self.calibrations)
+        edits = [edit for _, edit in written]
+        prompts = [builder.prompt_query(edit.edit.prompt) for edit in edits]
         queries = [query for query in prompts if isinstance(query, Query)]
-        gaps = self._gaps(queries, self.memories.all())
-        above = (gaps > self.layer.thresholds.to(gaps.device)).any(-1).tolist()
-        for (index, edit), routed in zip(written, above, strict=True):
-            if not routed:
-                reason = "its gap passes no threshold; the main memory answers"
+        memories = self.memories.all()
+        gaps = self._gaps(queries, memories)
+        reasons = reasons_not_routed(edits, memories, gaps, self.layer.thresholds)
+        for (index, edit), reason in zip(written, reasons, strict=True):
+            if reason is not None:
                 report.not_routed.append(
                     Rejection(index, edit.edit.prompt, edit.edit.target, reason)
                 )
@@ -313,22 +327,8 @@ class WiseEditor:
         if isinstance(query, str):
             raise ValueError(query)
         memories = self.memories.all()
-        if not memories:
-            return "main memory: no edit has been made"
-        gaps = self._gaps([query], memories)[0].tolist()
-        thresholds = [memory.threshold for memory in memories]
-        best = max(
-            range(len(gaps)), key=lambda number: (gaps[number] > thresholds[number], gaps[number])
-        )
-        routed = gaps[best] > thresholds[best]
-        lines = [f"side memory {best} answers" if routed else "the main memory answers"]
-        for number, memory in enumerate(memories):
-            relation = ">" if gaps[number] > memory.threshold else "<="
-            lines.append(
-                f"  side memory {number} ({len(memory.edits)} edits): "
-                f"gap {gaps[number]:.4g} {relation} threshold {memory.threshold:.4g}"
-            )
-        return "\n".join(lines)
+        gaps = self._gaps([query], memories)[0].tolist() if memories else []
+        return explanation(gaps, memories)
 
     def detach(self) -> PreTrainedModel:
         """Take the side memories off the model, which is then as it was before, and return it.
@@ -376,8 +376,8 @@ class WiseEditor:
         """Return the editor that ``save`` wrote, with its side memories on ``model``.
 
         Without ``model`` the base model is loaded by the name it had, in ``dtype`` on ``device``.
-        Raises ``FileNotFoundError`` for a directory that ``save`` did not write and ``ValueError``
-        for a base model with other weights.
+        Raises ``FileNotFoundError`` for a directory that ``save`` did not write, or whose base
+        model is gone, and ``ValueError`` for a base model with other weights.
         """
         return wise_files.load(cls, Path(directory), model, dtype=dtype, device=device)
 

@@ -28,12 +28,13 @@ class WiseConfig:
     ``mask_ratio`` of the elements and keeps them within ``norm_constraint`` of the main memory
     (None: no limit). ``act_margin``: (α, β, γ) of the margin loss. ``act_ratio``: part of the
     smallest gap of its edits that is a memory's threshold; with ``calibrate`` the threshold is set
-    between the gaps of edit and locality prompts instead.
+    between the gaps of edit and locality prompts instead, at the end of every call of ``edit``.
 
     After ``save_freq`` edits the side memory is a shard and the next has a new mask; after
     ``merge_freq`` the shards are merged by ``merge_alg`` (see ``merge``), which keeps ``density``
     of each. ``retrieve`` keeps one memory a merge and routes to the largest gap (WISE-Retrieve);
-    without it there is one (WISE-Merge). ``replay`` trains on past edits too.
+    without it there is one (WISE-Merge). ``replay`` trains on past edits too, with ``retrieve`` and
+    from the first merge on.
 
     ``activation``: that of the gaps, ``"model"`` for the model's own (see ``activation_gap``).
     ``reduction``: how a query's gap comes from those of its tokens. ``quirks="published"`` divides
@@ -69,7 +70,9 @@ class WiseConfig:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.edit_module is not None and not isinstance(self.edit_module, str):
+        if self.edit_module is not None and not (
+            isinstance(self.edit_module, str) and self.edit_module
+        ):
             raise ValueError(f"edit_module is {self.edit_module!r}; pass one name")
         for name in ("n_iter", "save_freq", "merge_freq", "batch_size"):
             value = getattr(self, name)
@@ -130,6 +133,8 @@ class WiseConfig:
             if isinstance(texts, str) or not texts or not all(isinstance(t, str) for t in texts):
                 raise ValueError(f"{name} is {texts!r}; pass a list of at least one text")
             object.__setattr__(self, name, tuple(texts))
+        if any(not prompt.strip() for prompt in self.locality_prompts or ()):
+            raise ValueError(f"locality_prompts is {self.locality_prompts!r}; one of them is empty")
         for template in self.templates or ():
             if template.count(SLOT) != 1:
                 raise ValueError(f"template {template!r} does not hold {SLOT} exactly once")

@@ -79,11 +79,18 @@ def load(
     state, tensors = checkpoints.load_state(directory, METHOD)
     own_dtype = getattr(torch, state["dtype"])
     if model is None:
-        if not state["base_model"]:
+        place = state["base_model"]
+        if not place:
             raise ValueError(f"{directory} names no base model; pass the model that was edited")
+        # Saved as an absolute path where it was a directory; else it is a name on the hub.
+        if Path(place).is_absolute() and not Path(place).is_dir():
+            raise FileNotFoundError(
+                f"the base model of {directory} is no longer at {place}; "
+                "load it and pass it to WiseEditor.load"
+            )
         # The files of the base model may be of another dtype than it was edited in.
         dtype = own_dtype if dtype == "auto" else dtype
-        model, _ = checkpoints.load_model(state["base_model"], dtype=dtype, device=device)
+        model, _ = checkpoints.load_model(place, dtype=dtype, device=device)
     require_unrouted(model)
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     config = WiseConfig(**state["config"])
@@ -128,6 +135,8 @@ def export(directory: Path, editor: WiseEditor) -> None:
         raise ValueError(
             f"there are {len(memories)} side memories; a plain checkpoint takes the place of one"
         )
+    if (directory / checkpoints.STATE_FILE).exists():
+        raise ValueError(f"{directory} holds a saved editor; export to another directory")
     weight = editor.memories.main
     original = weight.clone()
     with checkpoints.staged(directory) as staging:

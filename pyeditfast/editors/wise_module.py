@@ -20,7 +20,9 @@ ACTIVATION_NAMES = {
 
 
 def require_unrouted(model: PreTrainedModel) -> None:
-    """Raise ``ValueError`` for a model that has side memories."""
+    """Raise ``ValueError`` for a model that has side memories, ``TypeError`` for what is none."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model is a {type(model).__name__}; a model of Transformers is needed")
     if find_wise_linear(model) is not None:
         raise ValueError(
             "the model has side memories already; go on with their editor, or detach them first"

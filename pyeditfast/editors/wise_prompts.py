@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pyeditfast.data.edit import Edit
 from pyeditfast.editors.wise_config import SLOT, WiseConfig
@@ -52,13 +53,15 @@ def sample_templates(
     devices = [model.device] if model.device.type == "cuda" else []
     # transformers' models have it from a mixin that PreTrainedModel does not name.
     generate: Any = model.generate
-    with torch.random.fork_rng(devices), torch.inference_mode():
+    with torch.random.fork_rng(devices), torch.inference_mode(), _plain_generation(model):
         torch.manual_seed(seed)
         for length in CONTEXT_TOKENS:
             for opening in OPENINGS:
                 inputs = tokenizer(opening, return_tensors="pt").to(model.device)
                 written = generate(
-                    **inputs,
+                    # Not all of them: some tokenizers give token types, which no such model reads.
+                    inputs["input_ids"],
+                    attention_mask=inputs["attention_mask"],
                     max_new_tokens=length,
                     do_sample=True,
                     top_k=0,
@@ -67,6 +70,21 @@ def sample_templates(
                 contexts.append(str(tokenizer.decode(written[0], skip_special_tokens=True)))
     # What the model wrote may hold the slot itself.
     return (SLOT, *(f"{context.replace(SLOT, ' ')} {SLOT}" for context in contexts))
+
+
+@contextlib.contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Set the model's own settings of ``generate`` aside inside a ``with`` block.
+
+    They may ask for several answers or for beams, and a length among them is warned of every time.
+    """
+    own = model.generation_config
+    ends = None if own is None else own.eos_token_id
+    model.generation_config = GenerationConfig(eos_token_id=ends)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -96,11 +114,15 @@ class PromptBuilder:
         self._vocabulary = vocabulary_size(model)
 
     def locality_prompt(self, edit: Edit, number: int) -> str:
-        """Return the edit's own locality prompt, or one of the pool, by the edit's ``number``."""
+        """Return the edit's own locality prompt, or one of the pool, by the edit's ``number``, that
+        is not the edit's prompt if there is one.
+        """
         if edit.locality_prompt is not None:
             return edit.locality_prompt
         pool = self.config.locality_prompts or LOCALITY_POOL
-        return pool[number % len(pool)]
+        first = pool[number % len(pool)]
+        after = pool[(number + 1) % len(pool)]
+        return after if first.strip() == edit.prompt.strip() else first
 
     def edit_queries(self, edit: Edit, locality_prompt: str) -> EditQueries | str:
         """Return what ``edit`` is trained on, or the reason why it cannot be."""

@@ -19,6 +19,12 @@ class Calibration:
     missed: float
     strayed: float
 
+    def __str__(self) -> str:
+        return (
+            f"expected errors: {100 * self.missed:.1f} % of its edit prompts below the threshold, "
+            f"{100 * self.strayed:.1f} % of locality prompts above it"
+        )
+
 
 def calibrate(in_gaps: Sequence[float], out_gaps: Sequence[float]) -> Calibration:
     """Return the threshold with the smallest sum of both shares of errors.

@@ -5,8 +5,7 @@ each as cheap as what lies behind the edited module.
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from pyeditfast.editors.wise_config import WiseConfig
+from pyeditfast.editors.wise_graph import StepGraphs
 from pyeditfast.model.query_batch import Query, QueryBatch, query_batch
 from pyeditfast.model.runner import ModelRunner
 from pyeditfast.model.suffix_replay import SuffixReplay, module_inputs
@@ -24,8 +24,6 @@ from pyeditfast.ops import (
     query_gap,
     token_gaps,
 )
-
-logger = logging.getLogger(__name__)
 
 WEIGHT_DECAY = 1e-5
 SMALL_CHANGE = 1e-4
@@ -63,7 +61,7 @@ class PastQueries:
 @dataclass(frozen=True)
 class TrainingOutcome:
     """``steps`` taken; the mean gap of each edit's sequences and the gap of its locality prompt at
-    the last step; ``finite``: whether every loss was.
+    the last step; ``finite``: whether every loss was, and the side memory is.
     """
 
     steps: int
@@ -94,9 +92,11 @@ class SideMemoryTraining:
         past: PastQueries | None,
         *,
         pad_token: int,
+        graphs: StepGraphs,
     ) -> None:
         self.main, self.side, self.bias = main, side, bias
         self.config, self.activation = config, activation
+        self.graphs = graphs
         # A gap over more than 100 tokens is a mean too while editing, as published.
         self.reduction = "mean" if config.reduction == "auto" else config.reduction
         self.edit_count = len(edits)
@@ -149,12 +149,14 @@ class SideMemoryTraining:
         step = self._step_function(state, seed)
         cuda = self.main.device.type == "cuda"
         every = STEPS_BETWEEN_CHECKS if cuda else 1
-        with _replayed_as_a_graph(step) if cuda else contextlib.nullcontext(step) as take:
+        with self.graphs.replayed(step) if cuda else contextlib.nullcontext(step) as take:
             for number in range(self.config.n_iter):
                 take()
                 if (number + 1) % every == 0 and not bool(state.running):
                     break
-        return state.outcome()
+        # The last step has no pass behind it that would show what it did.
+        sound = torch.stack(torch.aminmax(self.side)).isfinite().all()
+        return state.outcome(sound)
 
     def _step_function(self, state: _State, seed: int) -> Callable[[], None]:
         config = self.config
@@ -247,52 +249,9 @@ class _State:
         self.before_last.copy_(torch.where(self.running, self.last, self.before_last))
         self.last.copy_(torch.where(self.running, loss.double(), self.last))
 
-    def outcome(self) -> TrainingOutcome:
-        """Return what the host may know now."""
+    def outcome(self, sound: Tensor) -> TrainingOutcome:
+        """Return what the host may know now; ``sound``: whether the side memory is finite."""
         in_gaps, out_gaps = self.gaps.tolist()
         return TrainingOutcome(
-            int(self.steps), float(self.last), in_gaps, out_gaps, bool(self.finite)
+            int(self.steps), float(self.last), in_gaps, out_gaps, bool(self.finite & sound)
         )
-
-
-@contextlib.contextmanager
-def _replayed_as_a_graph(step: Callable[[], None]) -> Iterator[Callable[[], None]]:
-    """Give a function that takes the step: run as it is at first, then as one CUDA graph.
-
-    A model that cannot be captured goes on step by step, and says so once.
-    """
-    taken = 0
-    graph: torch.cuda.CUDAGraph | None = None
-    stream = torch.cuda.Stream()
-
-    def take() -> None:
-        nonlocal taken, graph
-        taken += 1
-        if taken <= 2:
-            # Libraries set themselves up in the first steps, which a capture does not allow.
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                step()
-            torch.cuda.current_stream().wait_stream(stream)
-            return
-        if taken == 3:
-            graph = _captured(step, stream)
-        if graph is None:
-            step()
-        else:
-            graph.replay()
-
-    yield take
-
-
-def _captured(step: Callable[[], None], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, stream=stream):
-            step()
-    except RuntimeError as refusal:
-        torch.cuda.synchronize()
-        reason = str(refusal).splitlines()[0]
-        logger.warning("WISE's steps run one by one, not as a CUDA graph: %s", reason)
-        return None
-    return graph

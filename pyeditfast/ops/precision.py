@@ -44,8 +44,8 @@ def add_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
     """
     if out.ndim != 2 or exact_dtype(out.device, out.dtype) != out.dtype:
         out += exact_matmul(a, b, out.dtype)
-        return
-    with torch.autocast(out.device.type, enabled=False):
+    else:
+        # Autocast leaves what works in place alone.
         out.addmm_(a.to(out.dtype), b.to(out.dtype))
 
 

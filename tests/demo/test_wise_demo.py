@@ -20,10 +20,10 @@ TINY = TrainingSettings(
 )
 
 
-def small_demo(out: Path, *, published: bool = True) -> WiseDemoResult:
+def small_demo(out: Path, *, facts: int = 5, published: bool = True) -> WiseDemoResult:
     return run_wise_demo(
         out,
-        facts=5,
+        facts=facts,
         seed=1,
         cache=out.parent / "cache",
         published=published,
@@ -58,6 +58,12 @@ def test_it_serves_alone_and_in_batches(result: WiseDemoResult) -> None:
 def test_it_compares_with_the_published_procedure(result: WiseDemoResult) -> None:
     assert isinstance(result.times, tuple) and min(result.times) > 0
     assert "by the published procedure" in result.comparison()
+
+
+def test_one_fact_is_enough(result: WiseDemoResult) -> None:
+    alone = small_demo(result.folder.parent / "one", facts=1)
+    assert alone.report.edits == 1
+    assert isinstance(alone.times, tuple) and min(alone.times) > 0
 
 
 def test_it_can_do_without_it(result: WiseDemoResult, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from wise_worlds import EDITS, editor
 from pyeditfast.editors import side_memories
 from pyeditfast.editors.side_memories import SideMemories, WrittenEdit
 from pyeditfast.editors.wise_config import WiseConfig
-from pyeditfast.ops import merge
+from pyeditfast.ops import merge, random_mask
 
 MAIN = torch.arange(12.0).reshape(3, 4)
 
@@ -122,10 +122,34 @@ def test_a_memory_without_edits_is_dropped_and_its_mask_used_again():
     memories = filled([1.0, 1.0], seed=7)
     memories.trainable()
     assert memories.mask_seed == 8
-    memories.drop_without_edits()
+    memories.end_batch()
     assert memories.current is None
     memories.trainable()
     assert memories.mask_seed == 8
     write(memories, 1.0)
-    memories.drop_without_edits()
+    memories.end_batch()
     assert len(memories.current.edits) == 1
+
+
+@pytest.mark.parametrize("algorithm", ["dare_linear", "dare_ties"])
+def test_a_merge_draws_other_elements_than_its_shards_trained(algorithm):
+    config = WiseConfig(
+        save_freq=1, merge_freq=2, merge_alg=algorithm, density=0.5, mask_ratio=0.4, seed=7
+    )
+    memories = SideMemories(torch.zeros(100, 100), config)
+    drawn = []
+    for _ in range(4):
+        memory = memories.trainable()
+        trained = random_mask(memories.mask_seed, 0.4, memory.weight.shape)
+        memory.weight[trained] = 1.0
+        drawn.append(trained)
+        memory.note(1.0, WrittenEdit(EDITS[0], "x"), 0.9)
+        memories.end_batch()
+        memories.close_shard_if_full()
+    assert len(memories.merged) == 2
+    for number, merged in enumerate(memories.merged):
+        first, second = drawn[2 * number : 2 * number + 2]
+        # Where one shard alone trained an element it is kept half of the time.
+        for alone in (first & ~second, second & ~first):
+            kept = (merged.weight[alone] != 0).double().mean()
+            assert 0.45 < float(kept) < 0.55

@@ -140,6 +140,9 @@ def test_calibration_tells_its_errors():
     calibration = wise.calibrations[0]
     assert wise.memories.current.threshold == calibration.threshold
     assert math.isclose(calibration.missed, len(report.not_routed) / 4)
+    assert report.calibrations == wise.calibrations
+    assert f"side memory 0: expected errors: {100 * calibration.missed:.1f} % of" in str(report)
+    assert report.to_dict()["calibrations"][0]["strayed"] == calibration.strayed
 
 
 def test_activation_of_the_model_and_by_name():
@@ -190,7 +193,7 @@ def test_explain_names_memory_gap_and_threshold():
     assert wise.explain("The sky is") == "main memory: no edit has been made"
     wise.edit(EDITS[:1])
     told = wise.explain(EDITS[0].prompt)
-    assert told.startswith("side memory 0 answers\n  side memory 0 (1 edits): gap ")
+    assert told.startswith("side memory 0 answers\n  side memory 0 (1 edit): gap ")
     assert "> threshold" in told
     with pytest.raises(ValueError, match="the prompt is empty"):
         wise.explain(" ")
@@ -356,5 +359,27 @@ def test_explaining_samples_no_templates():
 def test_more_memories_than_the_kernels_take_are_named_once(caplog):
     wise = editor(save_freq=1, merge_freq=100, n_iter=1)
     wise.edit([*EDITS, *EDITS])
-    told = [text for text in caplog.messages if "more than the kernels take" in text]
+    told = [text for text in caplog.messages if "more than the GPU kernels take" in text]
     assert len(told) == 1 and told[0].startswith("9 side memories")
+
+
+def test_more_memories_than_the_kernels_take_are_named_when_loaded(caplog, tmp_path):
+    wise = editor(save_freq=1, merge_freq=100, n_iter=1)
+    wise.edit([*EDITS, *EDITS])
+    wise.save(tmp_path)
+    caplog.clear()
+    WiseEditor.load(tmp_path, tiny_model("llama", layers=4))
+    assert [text.split(" are more")[0] for text in caplog.messages] == ["12 side memories"]
+
+
+def test_what_is_no_model_and_what_are_no_settings_is_named():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    with pytest.raises(TypeError, match="model is a str; a model of Transformers"):
+        WiseEditor("llama-2-7b", tokenizer)
+    with pytest.raises(TypeError, match="config is a dict; a WiseConfig"):
+        WiseEditor(model, tokenizer, {"n_iter": 3})
+
+
+def test_a_tokenizer_without_a_chat_template_is_named_before_any_work():
+    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
+        editor(chat_template=True)

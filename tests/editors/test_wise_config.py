@@ -48,6 +48,8 @@ REFUSED = [
     ({"act_margin": "abc"}, "act_margin is 'abc'; three finite numbers"),
     ({"retrieve": "no"}, "retrieve is 'no'"),
     ({"edit_module": ["a"]}, "edit_module is \\['a'\\]"),
+    ({"edit_module": ""}, "edit_module is ''"),
+    ({"locality_prompts": ["The sky is", " "]}, "one of them is empty"),
 ]
 
 

@@ -186,3 +186,22 @@ def test_a_damaged_file_is_named(name, tmp_path):
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-20])
     with pytest.raises(ValueError, match="holds a damaged save"):
         WiseEditor.load(tmp_path, tiny_model("llama", layers=4))
+
+
+def test_export_leaves_a_saved_editor_alone(tmp_path):
+    wise = editor()
+    wise.edit(EDITS[:1])
+    wise.save(tmp_path)
+    with pytest.raises(ValueError, match="holds a saved editor; export to another directory"):
+        wise.export(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_base_model_that_is_gone_is_named(tmp_path):
+    wise = WiseEditor(*pyeditfast.load_model(saved_base(tmp_path / "base")), editor().config)
+    wise.save(tmp_path / "edited")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"is no longer at .*base; load it and pass it"):
+        pyeditfast.load_model(tmp_path / "edited")
+    moved, _ = pyeditfast.load_model(tmp_path / "moved")
+    assert WiseEditor.load(tmp_path / "edited", moved).edits == 0

@@ -7,7 +7,12 @@ from tiny_models import tiny_model, tiny_tokenizer
 from wise_worlds import settings
 
 from pyeditfast import Edit
-from pyeditfast.editors.wise_prompts import LOCALITY_POOL, PromptBuilder, pad_token
+from pyeditfast.editors.wise_prompts import (
+    LOCALITY_POOL,
+    PromptBuilder,
+    pad_token,
+    sample_templates,
+)
 
 EDIT = Edit("The capital of the island is", "a harbour city")
 
@@ -97,3 +102,30 @@ def test_pads_with_a_token_that_the_tokenizer_has():
     assert pad_token(tokenizer) == tokenizer.pad_token_id
     tokenizer.pad_token = None
     assert pad_token(tokenizer) == tokenizer.eos_token_id
+
+
+def test_a_prompt_of_the_pool_that_is_the_edits_own_is_passed_over():
+    alone = Edit(LOCALITY_POOL[3], "cold")
+    assert builder().locality_prompt(alone, 3) == LOCALITY_POOL[4]
+    last = Edit(LOCALITY_POOL[-1], "hot")
+    assert builder().locality_prompt(last, len(LOCALITY_POOL) - 1) == LOCALITY_POOL[0]
+    # What the record brings stands.
+    own = Edit("The sky is", "green", locality_prompt="The sky is")
+    assert builder().locality_prompt(own, 0) == "The sky is"
+
+
+def test_contexts_do_not_depend_on_the_models_settings_of_generate(caplog):
+    plain, set_up = tiny_model("llama"), tiny_model("llama")
+    own = set_up.generation_config
+    own.update(max_length=100, num_beams=2, num_return_sequences=2, return_dict_in_generate=True)
+    templates = [sample_templates(model, tiny_tokenizer(), 3) for model in (plain, set_up)]
+    assert templates[0] == templates[1]
+    assert set_up.generation_config is own
+    assert not caplog.records
+
+
+def test_contexts_need_no_token_types():
+    plain, typed = tiny_tokenizer(), tiny_tokenizer()
+    typed.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    model = tiny_model("llama")
+    assert sample_templates(model, typed, 3) == sample_templates(model, plain, 3)

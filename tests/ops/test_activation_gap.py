@@ -293,7 +293,7 @@ def test_more_memories_than_a_kernel_takes(caplog, monkeypatch):
     monkeypatch.setattr(backends, "_triton_is_installed", lambda: True)
     monkeypatch.setattr(backends, "_interprets", lambda: False)
     monkeypatch.setattr(backends, "RUN_ON_A_GPU", frozenset({"activation_gap"}))
-    backends._log_once.cache_clear()
+    backends._logged.clear()
     x, (main, sides) = queries(2, 3, 7, torch.float64), random_memories(5, 7, 9, torch.float64)
     reason = "its kernels take up to 8 side memories, not 9"
     with caplog.at_level(logging.INFO, logger="pyeditfast.backends"):

@@ -120,7 +120,7 @@ def test_more_memories_than_a_kernel_takes(caplog, monkeypatch):
     monkeypatch.setattr(backends, "_triton_is_installed", lambda: True)
     monkeypatch.setattr(backends, "_interprets", lambda: False)
     monkeypatch.setattr(backends, "RUN_ON_A_GPU", frozenset({"routed_linear"}))
-    backends._log_once.cache_clear()
+    backends._logged.clear()
     x, main, sides, bias = routing_case(10, 3, 7, 5, 9, torch.float64)
     gaps = exact_gaps(x, main, sides)
     ordered = gaps.sort(0).values
