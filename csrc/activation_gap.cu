@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "device.h"
+#include "device_activations.h"
 #include "device_elements.h"
 
 namespace {

@@ -24,6 +24,7 @@
 
 #include "decode_sums.h"
 #include "device.h"
+#include "device_activations.h"
 #include "device_elements.h"
 
 namespace {
