@@ -38,8 +38,11 @@ ELEMENTS = SHAPE[0] * SHAPE[1]
 RATIO, DENSITY, LR = 0.2, 0.53, 1e-6
 STEP = {"seed": 5, "ratio": RATIO, "lr": 1.0, "weight_decay": 1e-5, "norm_constraint": 1.0}
 
+HALVES = pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"]
+)
 DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"]
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
 )
 
 
@@ -116,9 +119,10 @@ def bench_compensated(benchmark, contender, dtype):
     apply_shift(benchmark, contender, dtype, "compensated", tensors=4)
 
 
+@HALVES
 @contenders()
-def bench_stochastic(benchmark, contender):
-    apply_shift(benchmark, contender, torch.bfloat16, "stochastic", tensors=2, slow=True)
+def bench_stochastic(benchmark, contender, dtype):
+    apply_shift(benchmark, contender, dtype, "stochastic", tensors=2, slow=True)
 
 
 def apply_shift(benchmark, contender, dtype, rounding, tensors, slow=False):
@@ -238,7 +242,7 @@ def bench_magnitude_threshold(benchmark, contender, dtype):
         {"torch": under("torch", run), "pyeditfast": under("cpp", run)},
         lambda: (numbers(SHAPE, 1.0, dtype),),
         # One digit settles a number of 16 bits, two one of 32.
-        ELEMENTS * (2 if dtype == torch.bfloat16 else 8),
+        ELEMENTS * (2 if dtype.itemsize == 2 else 8),
         rounds=3 if contender == "torch" else 5,
     )
 

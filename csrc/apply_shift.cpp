@@ -1,12 +1,14 @@
 #include "apply_shift.h"
 
+#include <algorithm>
 #include <limits>
 
+#include "float16_arrays.h"
 #include "float_types.h"
 #include "parallel.h"
 #include "philox.h"
-#include "philox_words.h"
 #include "status.h"
+#include "tile_words.h"
 #include "tiles.h"
 #include "vector_clones.h"
 
@@ -67,15 +69,7 @@ inline std::uint16_t round_to_float16(float exact, std::uint32_t word) {
 
 // Weights of 16 bits are converted, changed and rounded in one loop, which is what keeps up with
 // memory.
-#define PYEDITFAST_ROUNDINGS(type)                                                                \
-    PYEDITFAST_VECTOR_CLONES                                                                      \
-    void add_##type(std::uint16_t* __restrict weight, const float* __restrict shift,              \
-                    std::int64_t count) {                                                         \
-        for (std::int64_t i = 0; i < count; ++i) {                                                \
-            weight[i] = pyeditfast::to_##type(pyeditfast::from_##type(weight[i]) + shift[i]);     \
-        }                                                                                         \
-    }                                                                                             \
-                                                                                                  \
+#define PYEDITFAST_ADD_STOCHASTICALLY(type)                                                       \
     PYEDITFAST_VECTOR_CLONES                                                                      \
     void add_stochastically_##type(std::uint16_t* __restrict weight,                              \
                                    const float* __restrict shift,                                 \
@@ -83,21 +77,60 @@ inline std::uint16_t round_to_float16(float exact, std::uint32_t word) {
         for (std::int64_t i = 0; i < count; ++i) {                                                \
             weight[i] = round_to_##type(pyeditfast::from_##type(weight[i]) + shift[i], words[i]); \
         }                                                                                         \
-    }                                                                                             \
-                                                                                                  \
-    PYEDITFAST_VECTOR_CLONES                                                                      \
-    void compensate_##type(std::uint16_t* __restrict weight, std::uint16_t* __restrict remainder, \
-                           const float* __restrict shift, std::int64_t count) {                   \
-        for (std::int64_t i = 0; i < count; ++i) {                                                \
-            const float change = shift[i] + pyeditfast::from_##type(remainder[i]);                \
-            const float exact = pyeditfast::from_##type(weight[i]) + change;                      \
-            weight[i] = pyeditfast::to_##type(exact);                                             \
-            remainder[i] = pyeditfast::to_##type(exact - pyeditfast::from_##type(weight[i]));     \
-        }                                                                                         \
     }
 
-PYEDITFAST_ROUNDINGS(bfloat16)
-PYEDITFAST_ROUNDINGS(float16)
+PYEDITFAST_ADD_STOCHASTICALLY(bfloat16)
+PYEDITFAST_ADD_STOCHASTICALLY(float16)
+
+PYEDITFAST_VECTOR_CLONES
+void add_bfloat16(std::uint16_t* __restrict weight, const float* __restrict shift,
+                  std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) {
+        weight[i] = pyeditfast::to_bfloat16(pyeditfast::from_bfloat16(weight[i]) + shift[i]);
+    }
+}
+
+PYEDITFAST_VECTOR_CLONES
+void compensate_bfloat16(std::uint16_t* __restrict weight, std::uint16_t* __restrict remainder,
+                         const float* __restrict shift, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) {
+        const float change = shift[i] + pyeditfast::from_bfloat16(remainder[i]);
+        const float exact = pyeditfast::from_bfloat16(weight[i]) + change;
+        weight[i] = pyeditfast::to_bfloat16(exact);
+        remainder[i] = pyeditfast::to_bfloat16(exact - pyeditfast::from_bfloat16(weight[i]));
+    }
+}
+
+// Those of float16 take turns with the processor's own conversion, of up to kTile numbers.
+void add_float16(std::uint16_t* weight, const float* shift, std::int64_t count) {
+    alignas(64) float exact[kTile];
+    pyeditfast::widen_float16(exact, weight, count);
+    add_float32(exact, shift, count);
+    pyeditfast::narrow_to_float16(weight, exact, count);
+}
+
+PYEDITFAST_VECTOR_CLONES
+void add_both(float* __restrict weight, const float* __restrict remainder,
+              const float* __restrict shift, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) weight[i] += shift[i] + remainder[i];
+}
+
+PYEDITFAST_VECTOR_CLONES
+void subtract(float* __restrict exact, const float* __restrict rounded, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) exact[i] -= rounded[i];
+}
+
+void compensate_float16(std::uint16_t* weight, std::uint16_t* remainder, const float* shift,
+                        std::int64_t count) {
+    alignas(64) float exact[kTile], other[kTile];
+    pyeditfast::widen_float16(exact, weight, count);
+    pyeditfast::widen_float16(other, remainder, count);
+    add_both(exact, other, shift, count);
+    pyeditfast::narrow_to_float16(weight, exact, count);
+    pyeditfast::widen_float16(other, weight, count);
+    subtract(exact, other, count);
+    pyeditfast::narrow_to_float16(remainder, exact, count);
+}
 
 // What the sum itself loses (Knuth's two-sum), since rounding loses nothing after it.
 PYEDITFAST_VECTOR_CLONES
@@ -141,6 +174,21 @@ void add_to_floats(const Input& input, std::int64_t begin, std::int64_t end) {
     }
 }
 
+// Calls body(first, count) for parts of a tile, and asks for what lies a little ahead: the
+// processor's own foresight is too slow for matrices whose elements differ in size.
+template <typename Body>
+void for_each_part(const Input& input, const Tile& tile, const Body& body) {
+    constexpr std::int64_t kPart = 128, kAhead = 256;
+    for (std::int64_t first = 0; first < tile.count; first += kPart) {
+        const std::int64_t count = std::min(kPart, tile.count - first);
+        const Tile ahead = {tile.line, tile.begin + first + kAhead, count};
+        pyeditfast::prefetch_tile(input.weights, ahead);
+        pyeditfast::prefetch_tile(input.shifts, ahead);
+        pyeditfast::prefetch_tile(input.remainders, ahead);
+        body(first, count);
+    }
+}
+
 void add_to_halves(const Input& input, std::int64_t begin, std::int64_t end) {
     const bool bfloat16 = input.weights.type == pyeditfast::kBFloat16;
     const auto add = bfloat16 ? add_bfloat16 : add_float16;
@@ -157,19 +205,18 @@ void add_to_halves(const Input& input, std::int64_t begin, std::int64_t end) {
         if (input.rounding == kCompensated) {
             std::uint16_t* remainder =
                 pyeditfast::load_halves(input.remainders, tile, remainder_tile);
-            compensate(weight, remainder, shift, tile.count);
+            for_each_part(input, tile, [=](std::int64_t first, std::int64_t count) {
+                compensate(weight + first, remainder + first, shift + first, count);
+            });
             pyeditfast::store_halves(input.remainders, tile, remainder);
         } else if (input.rounding == kStochastic) {
-            // They arrive while the words are computed, which needs no memory.
-            pyeditfast::prefetch_tile(input.weights, tile);
-            pyeditfast::prefetch_tile(input.shifts, tile);
-            const std::int64_t first = input.offset + input.walk.first_index(tile);
-            pyeditfast::philox_words(words, tile.count, static_cast<std::uint64_t>(first),
-                                     static_cast<std::uint64_t>(input.walk.index_step()),
-                                     input.seed);
+            pyeditfast::tile_words(words, input.walk, tile, input.offset, input.seed,
+                                   {input.weights, input.shifts});
             add_stochastically(weight, shift, words, tile.count);
         } else {
-            add(weight, shift, tile.count);
+            for_each_part(input, tile, [=](std::int64_t first, std::int64_t count) {
+                add(weight + first, shift + first, count);
+            });
         }
         pyeditfast::store_halves(input.weights, tile, weight);
     }

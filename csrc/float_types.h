@@ -50,7 +50,8 @@ inline std::uint16_t to_float16(float value) {
         (magnitude - (112u << 23) + 0x0FFFu + ((magnitude >> 13) & 1u)) >> 13;
     // The last place of numbers in [0.5, 1) is that of float16's subnormal numbers.
     const std::uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);
-    const std::uint32_t special = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
+    const std::uint32_t nan = 0x7E00u | ((magnitude >> 13) & 0x03FFu);
+    const std::uint32_t special = magnitude > 0x7F800000u ? nan : 0x7C00u;
     std::uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
     half = magnitude >= 0x47800000u ? special : half;
     return static_cast<std::uint16_t>(half | ((bits >> 16) & 0x8000u));

@@ -4,8 +4,8 @@
 
 #include "parallel.h"
 #include "philox.h"
-#include "philox_words.h"
 #include "status.h"
+#include "tile_words.h"
 #include "tiles.h"
 #include "vector_clones.h"
 
@@ -113,13 +113,7 @@ extern "C" int pyeditfast_masked_sgd(const pyeditfast_matrix* weight,
         alignas(64) std::uint32_t words[kTile];
         for (std::int64_t number = begin; number < end; ++number) {
             const Tile tile = walk.tile(number);
-            // They arrive while the words are computed, which needs no memory.
-            pyeditfast::prefetch_tile(weights, tile);
-            pyeditfast::prefetch_tile(grads, tile);
-            if (main != nullptr) pyeditfast::prefetch_tile(mains, tile);
-            pyeditfast::philox_words(words, tile.count,
-                                     static_cast<std::uint64_t>(offset + walk.first_index(tile)),
-                                     static_cast<std::uint64_t>(walk.index_step()), seed);
+            pyeditfast::tile_words(words, walk, tile, offset, seed, {weights, grads, mains});
             float* values = pyeditfast::load_to_change(weights, tile, weight_tile);
             const float* gradients = pyeditfast::load_tile(grads, tile, grad_tile);
             if (main == nullptr) {

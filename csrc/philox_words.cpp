@@ -1,35 +1,12 @@
 #include "philox_words.h"
 
+#include "intrinsics.h"
 #include "philox.h"
-#include "vector_clones.h"
-
-#if PYEDITFAST_DISPATCH || defined(__AVX512F__) || defined(__AVX2__)
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC 12's own AVX-512 header reads the undefined values it makes (GCC bug 105593).
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
-#endif
 
 // Compilers turn the products of 32-bit lanes into twice the instructions of what is written here:
 // a word in each 64-bit lane, whose upper half may hold anything, since the multiplication of
 // 32 by 32 bits reads the lower half only. So a product's upper half is brought down by a shuffle
 // that repeats it: a shift would compete with the multiplications for the units that run both.
-#if PYEDITFAST_DISPATCH
-#define PYEDITFAST_WITH_AVX512 1
-#define PYEDITFAST_WITH_AVX2 1
-#define PYEDITFAST_TARGET(name) __attribute__((target(name)))
-#else
-#ifdef __AVX512F__
-#define PYEDITFAST_WITH_AVX512 1
-#endif
-#ifdef __AVX2__
-#define PYEDITFAST_WITH_AVX2 1
-#endif
-#define PYEDITFAST_TARGET(name)
-#endif
-
 namespace {
 
 constexpr std::uint64_t kMultiplierA = 0xD2511F53u;
@@ -162,18 +139,13 @@ PYEDITFAST_TARGET("avx2")
 using Words = void (*)(std::uint32_t*, std::int64_t, std::uint64_t, std::uint64_t, std::uint64_t);
 
 Words widest() {
-#if PYEDITFAST_DISPATCH
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f")) return words_avx512;
-    if (__builtin_cpu_supports("avx2")) return words_avx2;
-    return words_portable;
-#elif defined(PYEDITFAST_WITH_AVX512)
-    return words_avx512;
-#elif defined(PYEDITFAST_WITH_AVX2)
-    return words_avx2;
-#else
-    return words_portable;
+#ifdef PYEDITFAST_WITH_AVX512
+    if (PYEDITFAST_HAS("avx512f")) return words_avx512;
 #endif
+#ifdef PYEDITFAST_WITH_AVX2
+    if (PYEDITFAST_HAS("avx2")) return words_avx2;
+#endif
+    return words_portable;
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "float16_arrays.h"
 #include "float_types.h"
 #include "vector_clones.h"
 
@@ -18,16 +19,6 @@ PYEDITFAST_VECTOR_CLONES
 void store_bfloat16(std::uint16_t* __restrict out, const float* __restrict in,
                     std::int64_t count) {
     for (std::int64_t i = 0; i < count; ++i) out[i] = to_bfloat16(in[i]);
-}
-
-PYEDITFAST_VECTOR_CLONES
-void load_float16(float* __restrict out, const std::uint16_t* __restrict in, std::int64_t count) {
-    for (std::int64_t i = 0; i < count; ++i) out[i] = from_float16(in[i]);
-}
-
-PYEDITFAST_VECTOR_CLONES
-void store_float16(std::uint16_t* __restrict out, const float* __restrict in, std::int64_t count) {
-    for (std::int64_t i = 0; i < count; ++i) out[i] = to_float16(in[i]);
 }
 
 template <typename Value>
@@ -55,11 +46,16 @@ float* Lines::in_place(const Tile& tile) const {
 void prefetch_tile(const Lines& lines, const Tile& tile) {
 #if defined(__GNUC__)
     constexpr std::int64_t kLine = 64;
-    if (lines.element_stride != 1) return;
+    if (lines.data == nullptr || lines.element_stride != 1) return;
     const std::int64_t size = element_size(lines.type);
-    const char* first = static_cast<const char*>(lines.data) +
-                        (tile.line * lines.line_stride + tile.begin) * size;
-    for (std::int64_t at = 0; at < tile.count * size; at += kLine) __builtin_prefetch(first + at);
+    // Not by pointers, which must not leave the matrix.
+    const std::uintptr_t first =
+        reinterpret_cast<std::uintptr_t>(lines.data) +
+        static_cast<std::uintptr_t>((tile.line * lines.line_stride + tile.begin) * size);
+    const std::uintptr_t behind = first + static_cast<std::uintptr_t>(tile.count * size);
+    for (std::uintptr_t at = first; at < behind; at += kLine) {
+        __builtin_prefetch(reinterpret_cast<const void*>(at));
+    }
 #else
     (void)lines, (void)tile;
 #endif
@@ -78,7 +74,7 @@ const float* load_tile(const Lines& lines, const Tile& tile, float* buffer) {
         gather(together, in, lines.element_stride, tile.count);
         in = together;
     }
-    (lines.type == kBFloat16 ? load_bfloat16 : load_float16)(buffer, in, tile.count);
+    (lines.type == kBFloat16 ? load_bfloat16 : widen_float16)(buffer, in, tile.count);
     return buffer;
 }
 
@@ -96,7 +92,7 @@ void store_tile(const Lines& lines, const Tile& tile, const float* values) {
         return;
     }
     std::uint16_t* out = first_of<std::uint16_t>(lines, tile);
-    const auto store = lines.type == kBFloat16 ? store_bfloat16 : store_float16;
+    const auto store = lines.type == kBFloat16 ? store_bfloat16 : narrow_to_float16;
     if (lines.element_stride == 1) {
         store(out, values, tile.count);
         return;

@@ -34,7 +34,8 @@ struct Lines {
     float* in_place(const Tile& tile) const;
 };
 
-// Has a tile that lies side by side fetched into the cache while something else is computed.
+// Has a tile fetched into the cache while something else is computed, if its elements lie side by
+// side and there are any: lines without an address are left alone. It may lie behind the matrix.
 void prefetch_tile(const Lines& lines, const Tile& tile);
 
 // Returns the tile as float32: in place where that is possible, else in `buffer` (kTile floats).

@@ -14,7 +14,7 @@ ONE_INSTRUCTION_SET = "-DPYEDITFAST_ONE_INSTRUCTION_SET"
 BUILDS = {
     "chosen by the loader": (),
     "portable": (ONE_INSTRUCTION_SET,),
-    "avx2": (ONE_INSTRUCTION_SET, "-mavx2", "-mfma"),
+    "avx2": (ONE_INSTRUCTION_SET, "-mavx2", "-mfma", "-mf16c"),
     "avx512f": (ONE_INSTRUCTION_SET, "-mavx512f", "-mfma"),
     "x86-64-v4": (ONE_INSTRUCTION_SET, "-march=x86-64-v4"),
 }
@@ -34,7 +34,7 @@ def processor_flags() -> set[str]:
 @pytest.mark.slow
 def test_every_instruction_set_gives_the_same_bits(tmp_path: Path):
     able = processor_flags()
-    if platform.machine() != "x86_64" or not {"avx2", "fma"} <= able:
+    if platform.machine() != "x86_64" or not {"avx2", "f16c", "fma"} <= able:
         pytest.skip("this processor has no other instruction set to compare with")
     names = [name for name in BUILDS if NEEDED.get(name, set()) <= able]
 

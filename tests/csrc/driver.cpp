@@ -19,6 +19,7 @@
 #include "activation_gap.h"
 #include "apply_shift.h"
 #include "edit_values.h"
+#include "float16_arrays.h"
 #include "float_types.h"
 #include "magnitude_threshold.h"
 #include "masked_sgd.h"
@@ -182,6 +183,61 @@ void words(std::uint64_t step) {
     });
 }
 
+// Every float16 number, what lies next to it and halfway to its neighbour, against the conversion of
+// one number; then every rest that does not fill a vector.
+void float16_conversions() {
+    constexpr std::uint32_t kCodes = 1u << 16;
+    std::vector<std::uint16_t> codes(kCodes), narrow(kCodes);
+    for (std::uint32_t code = 0; code < kCodes; ++code) {
+        codes[code] = static_cast<std::uint16_t>(code);
+    }
+    std::vector<float> wide(kCodes);
+    pyeditfast::widen_float16(wide.data(), codes.data(), kCodes);
+    for (std::uint32_t code = 0; code < kCodes; ++code) {
+        const float one = pyeditfast::from_float16(codes[code]);
+        const bool same = pyeditfast::as_bits(wide[code]) == pyeditfast::as_bits(one);
+        if (!same && (wide[code] == wide[code] || one == one)) stop("widen_float16");
+    }
+    // The last three are around half of float16's last place in normal numbers.
+    for (const std::uint32_t beside : {0u, 1u, 0xFFFFFFFFu, 0x0FFFu, 0x1000u, 0x1001u}) {
+        std::vector<float> moved(kCodes);
+        for (std::uint32_t code = 0; code < kCodes; ++code) {
+            moved[code] = pyeditfast::as_float(pyeditfast::as_bits(wide[code]) + beside);
+        }
+        pyeditfast::narrow_to_float16(narrow.data(), moved.data(), kCodes);
+        for (std::uint32_t code = 0; code < kCodes; ++code) {
+            const bool nan = moved[code] != moved[code];
+            if (!nan && narrow[code] != pyeditfast::to_float16(moved[code])) {
+                stop("narrow_to_float16");
+            }
+            if (nan && (narrow[code] & 0x7FFFu) <= 0x7C00u) stop("narrow_to_float16 loses a NaN");
+        }
+    }
+    // Numbers below the normal ones differ by 2^-24; halfway between them lies an odd 2^-25.
+    for (std::uint32_t step = 0; step < 4096; ++step) {
+        const float number = static_cast<float>(step) * 0x1p-25f;
+        const float around[] = {number, number * (1 + 0x1p-23f), number * (1 - 0x1p-23f)};
+        std::uint16_t found[3];
+        pyeditfast::narrow_to_float16(found, around, 3);
+        for (int i = 0; i < 3; ++i) {
+            if (found[i] != pyeditfast::to_float16(around[i])) stop("narrow_to_float16, subnormal");
+        }
+    }
+    constexpr std::uint16_t kUntouched = 0xABABu;
+    for (std::size_t count = 0; count <= 40; ++count) {
+        std::vector<std::uint16_t> out(60, kUntouched);
+        const std::vector<float> in(wide.begin() + 0x3C00, wide.begin() + 0x3C00 + count);
+        pyeditfast::narrow_to_float16(out.data(), in.data(), static_cast<std::int64_t>(count));
+        const std::vector<std::uint16_t> back(out.begin(), out.begin() + count);
+        std::vector<float> again(count);
+        pyeditfast::widen_float16(again.data(), back.data(), static_cast<std::int64_t>(count));
+        if (again != in) stop("float16 conversions leave out a number");
+        for (std::size_t i = count; i < out.size(); ++i) {
+            if (out[i] != kUntouched) stop("narrow_to_float16 writes too much");
+        }
+    }
+}
+
 void random_functions(std::int64_t numel) {
     report("random_uniform " + std::to_string(numel), [=](int threads) {
         std::vector<float> out(static_cast<std::size_t>(numel));
@@ -337,6 +393,7 @@ int main(int count, char** arguments) {
         overrun();
         return 0;
     }
+    float16_conversions();
     for (const std::uint64_t step : {1, 3, 1 << 30}) words(step);
     for (const std::int64_t numel : {0, 1, 7, 4097, 140001}) random_functions(numel);
     for (const int type : kTypes) {

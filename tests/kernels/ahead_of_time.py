@@ -33,6 +33,13 @@ import torch
 
 ARCHITECTURES = (80, 86, 89, 90)
 
+LIKE_80 = (86, 89)
+"""Architectures that get the program of sm_80, in PTX, from which each has machine code made.
+
+To let Triton make it anew for every variant would take half as long again. For the first variant of
+every kernel it does, and the programs have to be equal.
+"""
+
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 
 POINTERS = {
@@ -97,6 +104,21 @@ class Variant:
     def name(self) -> tuple[str, str, str, str]:
         """Return what the table shows of it."""
         return self.op, self.kernel, self.example, self.configuration
+
+
+@dataclass(frozen=True)
+class Program:
+    """A variant in PTX and in machine code."""
+
+    architecture: int
+    ptx: str
+    cubin: bytes
+    shared_memory: int
+
+    @property
+    def instructions(self) -> str:
+        """Return the PTX without the lines that name the architecture."""
+        return re.sub(r"^\.(?:version|target) .*", "", self.ptx, flags=re.M)
 
 
 @dataclass(frozen=True)
@@ -206,8 +228,8 @@ def examples_of(module: Any) -> list[Any]:
     return examples
 
 
-def compile_variant(variant: Variant) -> list[Compiled]:
-    """Compile for every architecture and read the machine code."""
+def compile_for(variant: Variant, architecture: int) -> Program:
+    """Let Triton compile a variant for ``sm_<architecture>``."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -220,31 +242,56 @@ def compile_variant(variant: Variant) -> list[Compiled]:
         constexprs={(place(name),): value for name, value in variant.constants.items()},
         attrs={(place(name),): [["tt.divisibility", 16]] for name in variant.aligned},
     )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    instructions: dict[str, str] = {}
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+    )
+    asm = compiled.asm
+    return Program(architecture, asm["ptx"], asm["cubin"], compiled.metadata.shared)
+
+
+def assemble(program: Program, architecture: int) -> Program:
+    """Return the same program in the machine code of another architecture."""
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder) / "program.ptx", Path(folder) / "program.cubin"
+        ptx.write_text(program.ptx)
+        tool("ptxas", "-lineinfo", f"--gpu-name=sm_{architecture}", str(ptx), "-o", str(cubin))
+        return Program(architecture, program.ptx, cubin.read_bytes(), program.shared_memory)
+
+
+def programs(variant: Variant, is_first: bool) -> list[Program]:
+    """Return a variant for every architecture; ``is_first`` says that it is its kernel's first."""
+    found = {cc: compile_for(variant, cc) for cc in ARCHITECTURES if cc not in LIKE_80}
+    for cc in LIKE_80:
+        found[cc] = compile_for(variant, cc) if is_first else assemble(found[80], cc)
+        if found[cc].instructions != found[80].instructions:
+            raise RuntimeError(f"for {variant.name} sm_{cc} has another program than sm_80")
+    return [found[cc] for cc in ARCHITECTURES]
+
+
+def compile_variant(variant: Variant, is_first: bool) -> list[Compiled]:
+    """Compile for every architecture and read the machine code."""
     results = []
-    for architecture in ARCHITECTURES:
-        target = GPUTarget("cuda", architecture, 32)
-        compiled = triton.compile(source, target=target, options=options)
-        code = ""
+    codes: dict[str, str] = {}
+    for program in programs(variant, is_first):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
+            file.write(program.cubin)
             file.flush()
             usage = tool("cuobjdump", "-res-usage", file.name)
-            if variant.needs_tensor_cores or variant.needs_wide_loads:
-                # Disassembling takes long, and most architectures are given the same program.
-                program = re.sub(r"^\.(?:version|target) .*", "", compiled.asm["ptx"], flags=re.M)
-                if program not in instructions:
-                    instructions[program] = tool("nvdisasm", "-c", "-ndf", file.name)
-                code = instructions[program]
+            # To disassemble takes long, and of equal programs one will do.
+            key = program.instructions
+            if key not in codes and (variant.needs_tensor_cores or variant.needs_wide_loads):
+                codes[key] = tool("nvdisasm", "-c", "-ndf", file.name)
         used = {name: int(size) for name, size in re.findall(r"\b([A-Z]+):(\d+)", usage)}
+        code = codes.get(key, "")
         tensor_cores = re.search(r"\b[HIQ]G?MMA\b", code) is not None
         results.append(
             Compiled(
                 *variant.name,
-                architecture=architecture,
+                architecture=program.architecture,
                 registers=used["REG"],
-                shared_memory=compiled.metadata.shared,
+                shared_memory=program.shared_memory,
                 stack=used["STACK"] + used["LOCAL"],
                 tensor_cores=tensor_cores if variant.needs_tensor_cores else None,
                 wide_loads=loads_are_wide(code) if variant.needs_wide_loads else None,
@@ -278,8 +325,11 @@ def tool(name: str, *arguments: str) -> str:
 
 def compile_all(workers: int, op: str | None = None) -> list[Compiled]:
     """Compile every variant of ``op`` (or of all) for every architecture."""
+    found = variants(op)
+    kernels = [variant.kernel for variant in found]
+    is_first = [kernel not in kernels[:place] for place, kernel in enumerate(kernels)]
     with ProcessPoolExecutor(workers) as pool:
-        return list(itertools.chain.from_iterable(pool.map(compile_variant, variants(op))))
+        return list(itertools.chain.from_iterable(pool.map(compile_variant, found, is_first)))
 
 
 def table(results: list[Compiled]) -> Iterator[str]:

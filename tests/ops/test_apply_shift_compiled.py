@@ -181,13 +181,28 @@ def test_the_compiled_function_passes_special_values_on():
             torch.testing.assert_close(weight, special.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-def test_every_kind_of_number_is_rounded_stochastically_as_by_torch(dtype):
+def every_kind_of_number(dtype):
+    """Return anything from subnormal numbers to those beyond ``dtype``, in equal shares."""
     codes = torch.randint(-(2**31), 2**31, (300, 1001), generator=torch.Generator().manual_seed(3))
-    # Anything from subnormal numbers to those beyond the largest of 16 bits, in equal shares.
     exact = codes.to(torch.int32).view(torch.float32)
     largest = torch.tensor([torch.finfo(dtype).max, -torch.finfo(dtype).max]).repeat(500)
     exact[-1, :1000] = largest * torch.linspace(1, 1 + 2.0**-8, 1000)
+    return exact
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_kind_of_number_is_rounded_to_nearest_as_by_torch(dtype):
+    exact = every_kind_of_number(dtype)
+    weight = torch.zeros(exact.shape, dtype=dtype)
+    call(weight, exact)
+    nan = exact.isnan()
+    assert weight[nan].isnan().all()
+    assert same_bits(weight[~nan], (exact + 0.0).to(dtype)[~nan])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_kind_of_number_is_rounded_stochastically_as_by_torch(dtype):
+    exact = every_kind_of_number(dtype)
     weight = torch.zeros(exact.shape, dtype=dtype)
     call(weight, exact, rounding=1)
     uniform = random_uniform(5, exact.shape)
