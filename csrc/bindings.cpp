@@ -12,6 +12,7 @@
 #include "activations.h"
 #include "apply_shift.h"
 #include "edit_values.h"
+#include "largest_magnitude.h"
 #include "magnitude_threshold.h"
 #include "masked_sgd.h"
 #include "philox.h"
@@ -123,6 +124,16 @@ void apply_shift(const Matrix& weight, const Matrix& shift, const std::optional<
     });
 }
 
+float largest_magnitude(const Matrix& x, std::int64_t rows, std::int64_t columns, int threads) {
+    const pyeditfast_matrix values = as_matrix(x);
+    float largest = 0.0f;
+    call([&](char* message, std::size_t message_size) {
+        return pyeditfast_largest_magnitude(&values, rows, columns, &largest, threads, message,
+                                            message_size);
+    });
+    return largest;
+}
+
 py::tuple philox_4x32_10(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3,
                          std::uint32_t k0, std::uint32_t k1) {
     const pyeditfast::PhiloxState out = pyeditfast::philox_4x32_10({c0, c1, c2, c3}, k0, k1);
@@ -208,6 +219,8 @@ PYBIND11_MODULE(_csrc, module) {
                py::arg("remainder"), py::arg("rows"), py::arg("columns"), py::arg("rounding"),
                py::arg("seed"), py::arg("offset"), py::arg("threads"),
                "Adds a dense shift to the matrix weight, rounded once.");
+    module.def("largest_magnitude", &largest_magnitude, py::arg("x"), py::arg("rows"),
+               py::arg("columns"), py::arg("threads"), "Returns the largest |x|, 0 of nothing.");
 
 #if defined(PYEDITFAST_CUDA_VERSION) || defined(PYEDITFAST_EMULATED_CUDA)
     pyeditfast::bindings::bind_cuda(module);

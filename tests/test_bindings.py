@@ -54,6 +54,7 @@ class Call:
                 **sizes,
                 "k": 5,
             },
+            "largest_magnitude": {"x": matrices["x"], **sizes},
             "ties_merge": {
                 **{name: matrices[name] for name in ("out", "main")},
                 **sizes,
@@ -77,9 +78,15 @@ class Call:
 MATRICES = {
     "masked_sgd": ("weight", "grad", "main"),
     "magnitude_threshold": ("x", "base"),
+    "largest_magnitude": ("x",),
     "ties_merge": ("out", "main"),
 }
-WRITTEN = {"masked_sgd": "weight", "magnitude_threshold": None, "ties_merge": "out"}
+WRITTEN = {
+    "masked_sgd": "weight",
+    "magnitude_threshold": None,
+    "largest_magnitude": None,
+    "ties_merge": "out",
+}
 EVERY_MATRIX = [(function, name) for function, names in MATRICES.items() for name in names]
 
 
@@ -291,3 +298,7 @@ def test_any_sizes_and_strides_leave_the_rest_of_memory_alone(data, rows, column
         )
         assert found == 3.5
         assert (main == 7.0).all()
+    largest = extension.largest_magnitude(
+        x=grad_matrix, rows=rows, columns=columns, threads=threads
+    )
+    assert largest == (3.5 if rows * columns else 0.0)

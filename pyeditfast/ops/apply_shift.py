@@ -9,10 +9,18 @@ import torch
 from torch import Tensor
 
 from pyeditfast import reference
-from pyeditfast.backends import Candidate, always, choose, fitting, triton_candidate
+from pyeditfast.backends import (
+    KERNEL_DTYPES,
+    Candidate,
+    always,
+    choose,
+    explain,
+    fitting,
+    triton_candidate,
+)
 from pyeditfast.errors import NonFiniteError, ShiftOverflowError, UnsupportedWeightError
 from pyeditfast.ops.checks import check_same_device
-from pyeditfast.ops.compiled import as_matrix, compiled, compiled_for, cpp_candidate
+from pyeditfast.ops.compiled import as_matrix, as_rows, compiled, compiled_for, cpp_candidate
 from pyeditfast.ops.precision import exact_matmul, reduced_float32
 from pyeditfast.ops.random_mask import random_uniform
 from pyeditfast.reference.apply_shift import round_stochastically
@@ -61,10 +69,11 @@ def apply_shift_(
     (three rows at the least; several times that for ``"stochastic"``), never a float32 matrix of
     the weight's size.
     """
-    check_shift(weight, shift, rounding, seed, remainder=remainder)
+    _check(weight, shift, rounding, seed, remainder)
     if weight.numel() == 0 or shift.rank == 0:
         return weight
     chosen = choose("apply_shift", _candidates(weight, shift), weight.device)
+    _check_range(weight, shift, remainder, chosen)
     with torch.no_grad():
         if chosen == "reference":
             return reference.apply_shift_(weight, shift, rounding, seed, remainder=remainder)
@@ -95,7 +104,8 @@ def check_shift(
     """Raise what ``apply_shift_`` would raise for these arguments, and change nothing."""
     _check(weight, shift, rounding, seed, remainder)
     if weight.numel() and shift.rank:
-        _check_range(weight, shift, remainder)
+        chosen = explain("apply_shift", _candidates(weight, shift), weight.device).backend
+        _check_range(weight, shift, remainder, chosen)
 
 
 def _check(
@@ -185,22 +195,16 @@ def _repeats_elements(tensor: Tensor) -> bool:
     return any(size > 1 and stride == 0 for size, stride in strides)
 
 
-def _check_range(weight: Tensor, shift: Shift, remainder: Tensor | None) -> None:
+def _check_range(weight: Tensor, shift: Shift, remainder: Tensor | None, chosen: str) -> None:
     limit = torch.finfo(weight.dtype).max
-    near = 1e-3 * limit
-    if shift.matrix is not None and weight.dtype != torch.float16:
-        # No entry is larger than its row's norm, and norms are read faster than the largest entry.
-        norms = torch.linalg.vector_norm(shift.matrix, dim=-1)
-        if float(norms.max()) <= near:
-            return
-    bound = float(shift.largest_entry_bound())
+    bound = _entry_bound(shift, 1e-3 * limit, chosen)
     if not bound < float("inf"):
         raise NonFiniteError(f"the shift {tuple(shift.shape)} holds NaN or infinity")
     # Reading the whole weight is worth it only in float16, or where the shift comes near the limit.
-    if weight.dtype == torch.float16 or bound > near:
-        largest = _largest_magnitude(weight)
+    if weight.dtype == torch.float16 or bound > 1e-3 * limit:
+        largest = _largest_magnitude(weight, chosen)
         if remainder is not None:
-            largest += _largest_magnitude(remainder)
+            largest += _largest_magnitude(remainder, chosen)
         if bound + largest > limit:
             raise ShiftOverflowError(
                 f"a shift of up to {bound:.3g} on a {weight.dtype} weight of up to {largest:.3g} "
@@ -208,9 +212,27 @@ def _check_range(weight: Tensor, shift: Shift, remainder: Tensor | None) -> None
             )
 
 
-def _largest_magnitude(tensor: Tensor) -> float:
-    smallest, largest = torch.aminmax(tensor.detach())
-    return max(abs(float(smallest)), abs(float(largest)))
+def _entry_bound(shift: Shift, near: float, chosen: str) -> float:
+    """Return an upper bound of ``max |Δᵀ|``: where it is above ``near``, that itself or close."""
+    if shift.matrix is None:
+        return float(shift.largest_entry_bound())
+    if chosen == "cpp":
+        return _largest_magnitude(shift.matrix, chosen)
+    # No entry is larger than its row's norm, and torch reads norms faster than the largest entry.
+    norm = float(torch.linalg.vector_norm(shift.matrix, dim=-1).max())
+    return norm if norm <= near else float(shift.largest_entry_bound())
+
+
+def _largest_magnitude(tensor: Tensor, chosen: str) -> float:
+    matrix = as_rows(tensor) if chosen == "cpp" and tensor.dtype in KERNEL_DTYPES else None
+    if matrix is None:
+        smallest, largest = torch.aminmax(tensor.detach())
+        return max(abs(float(smallest)), abs(float(largest)))
+    rows, columns = matrix.shape
+    found: float = compiled().largest_magnitude(
+        x=as_matrix(matrix), rows=rows, columns=columns, threads=torch.get_num_threads()
+    )
+    return found
 
 
 def _chunks(weight: Tensor, elements: int) -> Iterator[tuple[tuple[slice | int, ...], int]]:

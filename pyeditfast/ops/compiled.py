@@ -99,6 +99,16 @@ def compiled_for(candidates: Sequence[Candidate], *dtypes: torch.dtype) -> Seque
     return candidates
 
 
+def as_rows(tensor: Tensor) -> Tensor | None:
+    """Return ``[..., columns]`` as ``[rows, columns]``, None where that takes a copy."""
+    if tensor.ndim == 2:
+        return tensor
+    try:
+        return tensor.view(-1, tensor.shape[-1])
+    except RuntimeError:
+        return None
+
+
 def as_matrix(tensor: Tensor) -> tuple[int, int, int, int]:
     """Return address, row stride, column stride and element type of ``[rows, columns]``.
 

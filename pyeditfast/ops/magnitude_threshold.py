@@ -13,6 +13,7 @@ from pyeditfast.backends import Candidate, always, choose, refusing
 from pyeditfast.ops.checks import check_rows
 from pyeditfast.ops.compiled import (
     as_matrix,
+    as_rows,
     compiled,
     compiled_for,
     cpp_candidate,
@@ -65,23 +66,13 @@ def check_density(density: float, numel: int) -> None:
 
 def _candidates(x: Tensor, base: Tensor | None) -> Sequence[Candidate]:
     for name, tensor in (("x", x), ("base", base)):
-        if tensor is not None and _as_rows(tensor) is None:
+        if tensor is not None and as_rows(tensor) is None:
             reason = (
                 f"the compiled forms take matrices; {name} {tuple(tensor.shape)} has strides "
                 f"{tensor.stride()}"
             )
             return refusing(refusing(CANDIDATES, "cpp", reason), "cuda", reason)
     return compiled_for(CANDIDATES, x.dtype)
-
-
-def _as_rows(tensor: Tensor) -> Tensor | None:
-    """Return ``[..., columns]`` as ``[rows, columns]``, None where that takes a copy."""
-    if tensor.ndim == 2:
-        return tensor
-    try:
-        return tensor.view(-1, tensor.shape[-1])
-    except RuntimeError:
-        return None
 
 
 def _select(x: Tensor, base: Tensor | None, k: int) -> Tensor:
@@ -108,7 +99,7 @@ def _select_on_cuda(x: Tensor, base: Tensor | None, k: int) -> Tensor:
 
 
 def _matrices(x: Tensor, base: Tensor | None) -> dict[str, Any]:
-    matrix, base_matrix = _as_rows(x), None if base is None else _as_rows(base)
+    matrix, base_matrix = as_rows(x), None if base is None else as_rows(base)
     assert matrix is not None
     return {
         "x": as_matrix(matrix),

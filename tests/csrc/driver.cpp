@@ -21,6 +21,7 @@
 #include "edit_values.h"
 #include "float16_arrays.h"
 #include "float_types.h"
+#include "largest_magnitude.h"
 #include "magnitude_threshold.h"
 #include "masked_sgd.h"
 #include "matrix.h"
@@ -284,6 +285,15 @@ void element_functions(std::int64_t rows, std::int64_t columns, int type, Layout
                 return hash_of(out);
             });
         }
+    }
+    for (const Matrix* each : {&main, &side, &third, &grad}) {
+        report("largest_magnitude " + name, [&](int threads) {
+            std::vector<float> out(1);
+            require(pyeditfast_largest_magnitude(each->get(), rows, columns, out.data(), threads,
+                                                 message, sizeof message),
+                    "largest_magnitude");
+            return hash_of(out);
+        });
     }
     report("ties_merge " + name, [&](int threads) {
         const Matrix out(rows, columns, type, other, 6);

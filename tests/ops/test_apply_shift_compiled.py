@@ -181,6 +181,26 @@ def test_the_compiled_function_passes_special_values_on():
             torch.testing.assert_close(weight, special.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", (*HALVES, torch.float32))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 5), (37, 1029), (700, 131)])
+def test_largest_magnitude(dtype, layout, sizes):
+    view = lay_out(random_rows(*sizes, dtype=dtype), layout)[0]
+
+    def found(threads):
+        rows, columns = view.shape
+        arguments = {"rows": rows, "columns": columns, "threads": threads}
+        return extension.largest_magnitude(x=matrix(view), **arguments)
+
+    for place, value in ((0, -50.0), (view.numel() - 1, 60.0), (view.numel() // 2, -math.inf)):
+        for threads in (1, 3):
+            assert found(threads) == float(view.abs().max())
+        view[place // view.shape[1], place % view.shape[1]] = value
+    assert found(2) == math.inf
+    view[-1, 0] = math.nan
+    assert math.isnan(found(1)) and math.isnan(found(2))
+
+
 def every_kind_of_number(dtype):
     """Return anything from subnormal numbers to those beyond ``dtype``, in equal shares."""
     codes = torch.randint(-(2**31), 2**31, (300, 1001), generator=torch.Generator().manual_seed(3))

@@ -114,7 +114,7 @@ def test_another_device():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("where", ["left", "right", "matrix"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("chosen", ["auto", "reference"])
+@pytest.mark.parametrize("chosen", ["auto", "torch", "reference"])
 def test_shift_that_is_not_finite(chosen, dtype, where, value, monkeypatch):
     monkeypatch.setattr(op, "CHUNK_ELEMENTS", 4)
     parts = {"left": torch.zeros(2, 3), "right": torch.ones(2, 4)}
@@ -139,8 +139,14 @@ def test_shift_that_is_not_finite(chosen, dtype, where, value, monkeypatch):
     ("start", "value"), [(6e4, 6e3), (-6e4, -6e3), (0.0, 7e4), (65504.0, 16.0), (65500.0, 60.0)]
 )
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
-def test_float16_overflow_is_refused(rounding, start, value, monkeypatch):
+@pytest.mark.parametrize("chosen", ["auto", "torch"])
+def test_float16_overflow_is_refused(chosen, rounding, start, value, monkeypatch):
     monkeypatch.setattr(op, "CHUNK_ELEMENTS", 3)
+    with backend(chosen):
+        refuse_float16_overflow(rounding, start, value)
+
+
+def refuse_float16_overflow(rounding, start, value):
     weight = torch.zeros(3, 3, dtype=torch.float16)
     weight[2, 2] = start
     matrix = torch.zeros(3, 3)
