@@ -89,11 +89,19 @@ def write_state(folder: Path, state: dict[str, Any], tensors: dict[str, Tensor])
 
 def saved_method(directory: Path) -> str | None:
     """Return the method of the editor that was saved in ``directory``, None if none was."""
-    path = directory / STATE_FILE
-    if not path.is_file():
-        return None
-    method = json.loads(path.read_text()).get("method")
+    method = _saved(directory, "method")
     return method if isinstance(method, str) else None
+
+
+def saved_config(directory: Path) -> dict[str, Any]:
+    """Return the settings of the editor that was saved in ``directory``, none if none was."""
+    config = _saved(directory, "config")
+    return config if isinstance(config, dict) else {}
+
+
+def _saved(directory: Path, name: str) -> Any:
+    path = directory / STATE_FILE
+    return json.loads(path.read_text()).get(name) if path.is_file() else None
 
 
 def load_state(directory: Path, method: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -101,6 +102,28 @@ def test_evaluate_tells_routes_and_draws_them(model_dir, tmp_path, run):
     code, _, errors = run("evaluate", model_dir, edits, "--plot", plot)
     assert code == 2
     assert "has none" in errors
+
+
+def test_prompts_are_scored_in_the_chat_template_that_they_were_edited_in(model_dir, tmp_path, run):
+    edits = write_edits(tmp_path / "edits.jsonl", 2)
+    base, out, scores = tmp_path / "chat", tmp_path / "out", tmp_path / "scores.json"
+    shutil.copytree(model_dir, base)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}Q: {{ m['content'] }}\nA:{% endfor %}"
+    tokenizer.save_pretrained(base)
+    arguments = (base, edits, "--out", out, *OPTIONS, "--chat-template")
+    assert run("edit", *arguments)[0] == 0
+
+    def scored(*options: str) -> tuple[dict[str, float], bool]:
+        code, printed, errors = run("evaluate", out, edits, "--json", scores, *options)
+        assert code == 0, errors
+        return json.loads(scores.read_text()), "put into the chat template" in printed
+
+    by_default, told = scored()
+    assert told
+    assert scored("--chat-template") == (by_default, False)
+    without, told = scored("--no-chat-template")
+    assert without != by_default and not told
 
 
 def test_a_stopped_run_goes_on(model_dir, tmp_path, monkeypatch, run):

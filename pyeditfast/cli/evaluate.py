@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pyeditfast.cli.models import open_model
+from pyeditfast.cli.models import open_model, saved_chat_template
 from pyeditfast.cli.options import (
     ChatOption,
     DeviceOption,
@@ -31,7 +31,7 @@ def evaluate(
     exact: Annotated[
         bool, typer.Option("--exact", help="Also the share of exact greedy answers.")
     ] = False,
-    chat_template: ChatOption = False,
+    chat_template: ChatOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
     tokens_per_pass: TokensOption = None,
@@ -59,6 +59,10 @@ def evaluate(
     _check_places(json_file, plot_file)
     records = Records(edits, format, limit, skip_bad_records).read()
     loaded, tokenizer = open_model(model, dtype, device)
+    if chat_template is None:
+        chat_template = saved_chat_template(Path(model).expanduser())
+        if chat_template:
+            print("prompts are put into the chat template, as those of the edits were")
     if plot_file is not None:
         routed = find_wise_linear(loaded)
         if routed is None or not routed.side_weights:

@@ -36,6 +36,15 @@ def open_model(
     return load_model(place, dtype=dtypes[dtype], device=open_device(device))
 
 
+def saved_chat_template(directory: Path) -> bool:
+    """Return whether the side memories in ``directory`` were trained on prompts in the chat
+    template; False where there are none.
+    """
+    from pyeditfast import checkpoints
+
+    return bool(checkpoints.saved_config(directory).get("chat_template", False))
+
+
 def open_device(device: str | None) -> str | None:
     """Return the device to use where ``device`` was given: a GPU if there is one.
 

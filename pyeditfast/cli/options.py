@@ -22,8 +22,13 @@ SkipOption = Annotated[
     bool, typer.Option("--skip-bad-records", help="Pass over records that cannot be read.")
 ]
 ChatOption = Annotated[
-    bool,
-    typer.Option("--chat-template", help="Put prompts into the tokenizer's chat template."),
+    bool | None,
+    typer.Option(
+        "--chat-template/--no-chat-template",
+        help="Put prompts into the tokenizer's chat template. Default: as side memories in MODEL "
+        "were trained, else without.",
+        show_default=False,
+    ),
 ]
 DtypeOption = Annotated[
     str, typer.Option(help="auto (that of the files), bfloat16, float16 or float32.")

@@ -65,6 +65,10 @@ class EditReport:
             lines.extend(f"{label} {edit}" for edit in edits[:5])
             if len(edits) > 5:
                 lines.append(f"... and {len(edits) - 5} more {label}")
+        if self.not_routed and not self.calibrations:
+            lines.append(
+                "calibrated thresholds may reach more: WiseConfig(calibrate=True), --calibrate"
+            )
         for number, calibration in enumerate(self.calibrations):
             lines.append(f"side memory {number}: {calibration}")
         return "\n".join(lines)

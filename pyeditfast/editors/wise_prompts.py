@@ -108,9 +108,7 @@ class PromptBuilder:
         self.tokenizer = tokenizer
         self.config = config
         self.templates = tuple(templates)
-        limit = context_length(model)
-        # A query holds its last target token too, which an answer sequence leaves out.
-        self._limit = None if limit is None else limit - 1
+        self._limit = context_length(model)
         self._vocabulary = vocabulary_size(model)
 
     def locality_prompt(self, edit: Edit, number: int) -> str:
@@ -132,7 +130,7 @@ class PromptBuilder:
             return "the locality prompt is empty"
         pairs = [(self._filled(template, edit.prompt), edit.target) for template in self.templates]
         sequences = []
-        for built in self._build(pairs):
+        for built in self._build(pairs, whole_targets=True):
             if isinstance(built, str):
                 return built
             sequences.append(Query((*built.tokens, built.targets[-1]), built.targets))
@@ -144,18 +142,21 @@ class PromptBuilder:
     def prompt_query(self, prompt: str) -> Query | str:
         """Return ``prompt`` alone, or the reason why it cannot be used."""
         # One token of any target shows where the prompt ends.
-        built = self._build([(self._filled(SLOT, prompt), "a")])[0]
+        built = self._build([(self._filled(SLOT, prompt), "a")], whole_targets=False)[0]
         if isinstance(built, str):
             return built
         return Query(built.tokens[: built.first_answer + 1])
 
-    def _build(self, pairs: list[tuple[str, str]]) -> list[AnswerSequence | str]:
+    def _build(
+        self, pairs: list[tuple[str, str]], *, whole_targets: bool
+    ) -> list[AnswerSequence | str]:
         return build_sequences(
             self.tokenizer,
             pairs,
             self._limit,
             self._vocabulary,
             special_tokens=not self.config.chat_template,
+            whole_targets=whole_targets,
         )
 
     def _filled(self, template: str, prompt: str) -> str:

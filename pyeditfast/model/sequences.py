@@ -51,12 +51,14 @@ def build_sequences(
     vocabulary: int | None = None,
     *,
     special_tokens: bool = True,
+    whole_targets: bool = False,
 ) -> list[AnswerSequence | str]:
     """Tokenize ``(prompt, target)`` pairs; where one cannot be used, its place holds the reason.
 
     The prompt gets the tokenizer's special tokens (unless it has them already and
     ``special_tokens`` is False), the target one leading space and none, as published. ``limit`` is
     the longest input allowed, in tokens; ``vocabulary`` the number of token embeddings.
+    ``whole_targets``: the input is going to hold the last token of the target too.
     """
     built: list[AnswerSequence | str] = [""] * len(pairs)
     usable = []
@@ -77,7 +79,7 @@ def build_sequences(
         "input_ids"
     ]
     for index, prompt_ids, target_ids in zip(usable, prompts, targets, strict=True):
-        length = len(prompt_ids) + len(target_ids) - 1
+        length = len(prompt_ids) + len(target_ids) - (0 if whole_targets else 1)
         if not prompt_ids:
             built[index] = f"the prompt {pairs[index][0]!r} has no tokens"
         elif not target_ids:

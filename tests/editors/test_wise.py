@@ -131,6 +131,8 @@ def test_an_edit_that_is_not_routed_is_reported():
     assert report.edits == 2
     assert [item.index for item in report.not_routed] == [0, 1]
     assert "not routed edit 0" in str(report)
+    assert "--calibrate" in str(report)
+    assert "--calibrate" not in str(editor(calibrate=True, act_ratio=100.0).edit(EDITS[:2]))
 
 
 def test_calibration_tells_its_errors():

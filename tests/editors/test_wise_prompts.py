@@ -66,8 +66,8 @@ def test_a_chat_template_brings_its_own_special_tokens():
         (EDIT, EDIT.prompt, "the locality prompt is the edit's own prompt"),
         (EDIT, f" {EDIT.prompt} ", "the locality prompt is the edit's own prompt"),
         (EDIT, "", "the locality prompt is empty"),
-        (Edit("x" * 300, "y"), "The sky is", "exceed the model's context of 15"),
-        (EDIT, "long " * 99, "locality prompt: "),
+        (Edit("x" * 300, "y"), "The sky is", "exceed the model's context of 16"),
+        (EDIT, "long " * 99, "exceed the model's context of 16"),
     ],
 )
 def test_says_why_an_edit_cannot_be_used(edit, locality, reason):
@@ -85,6 +85,14 @@ def test_a_query_may_fill_the_context_and_no_more():
     assert isinstance(
         builder(model=tiny_model("llama", context=length - 1)).edit_queries(EDIT, "The sky is"), str
     )
+
+
+def test_a_locality_prompt_may_fill_the_context_and_no_more():
+    length = len(tiny_tokenizer()("The sky " * 9)["input_ids"])
+    fits = builder(model=tiny_model("llama", context=length)).prompt_query("The sky " * 9)
+    assert not isinstance(fits, str) and len(fits) == length
+    refused = builder(model=tiny_model("llama", context=length - 1)).prompt_query("The sky " * 9)
+    assert refused == f"{length} tokens exceed the model's context of {length - 1}"
 
 
 def test_locality_prompts_come_from_the_record_the_given_pool_or_the_shipped_one():
