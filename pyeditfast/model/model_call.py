@@ -26,7 +26,9 @@ class RoutedQueries:
     """The queries of one batch and what was decided for them.
 
     ``route`` ``[queries]`` int64, ``gaps`` ``[queries, memories]``, ``thresholds`` ``[memories]``:
-    None until decided. ``sums``: what their prompts need to go on, None where they cannot.
+    None until decided. ``sums``: what their prompts need to go on, None where they cannot;
+    ``short``: a first piece of few tokens ``[queries, columns, d_in]`` and its mask, kept where
+    ``sums`` lacks the largest gaps.
     ``memories`` numbers the set of memories that was asked. ``decoding`` once a token was
     generated.
     """
@@ -35,6 +37,7 @@ class RoutedQueries:
     gaps: Tensor | None = None
     thresholds: Tensor | None = None
     sums: GapSums | None = None
+    short: tuple[Tensor, Tensor | None] | None = None
     memories: int = -1
     decoding: bool = False
 
@@ -45,9 +48,7 @@ class RoutedQueries:
         """
         self.route, self.gaps = _copied(self.route), _copied(self.gaps)
         if self.sums is not None:
-            self.sums = GapSums(
-                self.sums.total.clone(), self.sums.largest.clone(), self.sums.count.clone()
-            )
+            self.sums = self.sums.copied()
 
 
 @dataclass

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from pyeditfast.model.edit_modules import find_edit_modules
-from pyeditfast.model.gap_sums import GapSums
+from pyeditfast.model.gap_sums import GapSums, all_are_long, counted_tokens
 from pyeditfast.model.generation_prompt import RoutedGenerate, RoutedPrepareInputs
 from pyeditfast.model.model_call import ModelCall, Route, RoutedQueries
 from pyeditfast.model.query_routing import QueryRouting
@@ -22,7 +23,7 @@ from pyeditfast.ops.activation_gap import activation_gap
 from pyeditfast.ops.choose_route import choose_route
 from pyeditfast.ops.memories import check_activation, check_memories
 from pyeditfast.ops.routed_linear import routed_linear
-from pyeditfast.reference.activation_gap import REDUCTIONS
+from pyeditfast.reference.activation_gap import MEAN_UP_TO, REDUCTIONS
 
 
 class WiseLinear(nn.Module):
@@ -176,13 +177,17 @@ class WiseLinear(nn.Module):
             if queries.sums is None or queries.memories != self._memories:
                 raise ValueError(_CHANGED)
             beams = _beams(call, queries.sums.count.shape[0])
-            sums = queries.sums.repeated(beams) + self._piece(x, mask)
+            sums = self._with_largest(queries).repeated(beams) + self._piece(x, mask)
+            queries.short = None
             gaps = sums.gaps(self.reduction)
             route = choose_route(gaps, self.thresholds)
             output = self._with_route(x, route)
         else:
             output, route, gaps = self._routed(x, mask)
-            sums = self._first_piece(x, mask, gaps) if call.may_continue else None
+            sums, queries.short = None, None
+            if call.may_continue:
+                sums = self._first_piece(x, mask, gaps)
+                queries.short = (x.detach(), mask) if sums.largest is None else None
         queries.route, queries.gaps, queries.sums = route, gaps, sums
         queries.thresholds, queries.memories = self.thresholds, self._memories
         self.routing.last = queries
@@ -196,13 +201,25 @@ class WiseLinear(nn.Module):
         return route if beams == 1 else route.repeat_interleave(beams)
 
     def _first_piece(self, x: Tensor, mask: Tensor | None, gaps: Tensor) -> GapSums:
-        largest = self._gaps(x, mask, "max") if self.reduction == "auto" else gaps
-        return GapSums.of_piece(gaps, largest, _count(x, mask))
+        largest: Tensor | None = gaps
+        count = counted_tokens(x, mask)
+        if self.reduction == "auto" and not all_are_long(x, mask, count):
+            # It takes all products again. A compiled graph has no second chance to do that, and
+            # more tokens than these are not kept.
+            now = torch.compiler.is_compiling() or x.shape[1] > MEAN_UP_TO
+            largest = self._gaps(x, mask, "max") if now else None
+        return GapSums.of_piece(gaps, largest, count)
+
+    def _with_largest(self, queries: RoutedQueries) -> GapSums:
+        assert queries.sums is not None
+        if queries.short is None:
+            return queries.sums
+        return replace(queries.sums, largest=self._gaps(*queries.short, "max"))
 
     def _piece(self, x: Tensor, mask: Tensor | None) -> GapSums:
         mean = self._gaps(x, mask, "max" if self.reduction == "max" else "mean")
         largest = self._gaps(x, mask, "max") if self.reduction == "auto" else mean
-        return GapSums.of_piece(mean, largest, _count(x, mask))
+        return GapSums.of_piece(mean, largest, counted_tokens(x, mask))
 
     def _gaps(self, x: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
         with torch.no_grad():
@@ -310,12 +327,6 @@ def _beams(call: ModelCall, queries: int) -> int:
             "a multiple is needed, the rows of a query next to each other"
         )
     return beams
-
-
-def _count(x: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return torch.full(x.shape[:1], x.shape[1], dtype=torch.int64, device=x.device)
-    return mask.sum(-1)
 
 
 def install(

@@ -19,6 +19,7 @@ from routed_models import (
 from transformers import DynamicCache, StaticCache
 
 from pyeditfast import reference
+from pyeditfast.model import wise_linear
 
 TOKENS = 6
 PREFIX = 6
@@ -218,3 +219,43 @@ def test_rows_that_do_not_fit_the_queries(routed):
     loop.cache.batch_select_indices(torch.arange(5))
     with pytest.raises(ValueError, match="5 rows go on with 8 queries"):
         routed.model(torch.full((5, 1), 7), past_key_values=loop.cache)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sizes", [(60, 70), (100, 30), (101, 29), (40, 40, 50), (3, 99)])
+def test_pieces_of_a_prompt_that_gets_long_have_the_gaps_of_the_whole(sizes, masked, monkeypatch):
+    routed = routed_model("llama")
+    asked = []
+    whole = wise_linear.activation_gap
+    monkeypatch.setattr(
+        wise_linear,
+        "activation_gap",
+        lambda *a, **k: asked.append(k["reduction"]) or whole(*a, **k),
+    )
+    ids = torch.tensor(random_prompts([sum(sizes)] * 2, seed=4))
+    mask = torch.ones_like(ids)
+    if masked:
+        mask[0, :2] = 0
+    cache = DynamicCache()
+
+    def run(first, last, cache):
+        routed.model(
+            ids[:, first:last],
+            attention_mask=mask[:, :last],
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, first:last],
+            past_key_values=cache,
+        )
+        return routed.layer.routes()
+
+    with torch.no_grad():
+        first = 0
+        for size in sizes:
+            found = run(first, first + size, cache)
+            first += size
+            if first == size:
+                # The first piece takes the products once, unless pads hide who is long.
+                assert asked == (["max"] if masked and size > 100 else [])
+        expected = run(0, first, DynamicCache())
+    for one, other in zip(found, expected, strict=True):
+        assert one.memory == other.memory
+        assert one.gaps == pytest.approx(other.gaps, rel=1e-4)
