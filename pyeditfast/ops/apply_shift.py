@@ -197,11 +197,14 @@ def _repeats_elements(tensor: Tensor) -> bool:
 
 def _check_range(weight: Tensor, shift: Shift, remainder: Tensor | None, chosen: str) -> None:
     limit = torch.finfo(weight.dtype).max
-    bound = _entry_bound(shift, 1e-3 * limit, chosen)
+    near = 1e-3 * limit
+    # A bound that is not close would refuse what fits, where it is added to the weight's largest.
+    rough = near if weight.dtype != torch.float16 else 0.0
+    bound = _entry_bound(shift, rough, chosen)
     if not bound < float("inf"):
         raise NonFiniteError(f"the shift {tuple(shift.shape)} holds NaN or infinity")
     # Reading the whole weight is worth it only in float16, or where the shift comes near the limit.
-    if weight.dtype == torch.float16 or bound > 1e-3 * limit:
+    if weight.dtype == torch.float16 or bound > near:
         largest = _largest_magnitude(weight, chosen)
         if remainder is not None:
             largest += _largest_magnitude(remainder, chosen)
@@ -212,15 +215,17 @@ def _check_range(weight: Tensor, shift: Shift, remainder: Tensor | None, chosen:
             )
 
 
-def _entry_bound(shift: Shift, near: float, chosen: str) -> float:
-    """Return an upper bound of ``max |Δᵀ|``: where it is above ``near``, that itself or close."""
+def _entry_bound(shift: Shift, rough: float, chosen: str) -> float:
+    """Return an upper bound of ``max |Δᵀ|``; of a dense shift the maximum itself, where that may be
+    above ``rough``.
+    """
     if shift.matrix is None:
         return float(shift.largest_entry_bound())
     if chosen == "cpp":
         return _largest_magnitude(shift.matrix, chosen)
     # No entry is larger than its row's norm, and torch reads norms faster than the largest entry.
     norm = float(torch.linalg.vector_norm(shift.matrix, dim=-1).max())
-    return norm if norm <= near else float(shift.largest_entry_bound())
+    return norm if norm <= rough else float(shift.largest_entry_bound())
 
 
 def _largest_magnitude(tensor: Tensor, chosen: str) -> float:

@@ -171,6 +171,17 @@ def refuse_float16_overflow(rounding, start, value):
     assert weight[2, 2] == 6.5e4
 
 
+@pytest.mark.parametrize("chosen", ["auto", "torch", "reference"])
+def test_a_float16_weight_near_its_limit_takes_a_shift_that_fits(chosen):
+    # The norm of a row of the shift would not fit, and no entry of it is that large.
+    weight = torch.full((3, 900), 65440.0, dtype=torch.float16)
+    with backend(chosen):
+        apply_shift_(weight, dense_shift(torch.full((3, 900), 32.0)))
+        assert (weight == 65472.0).all()
+        apply_shift_(weight, dense_shift(torch.full((3, 900), 2.0)))
+    assert (weight == 65472.0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_overflow_of_wider_ranges_is_refused(dtype):
     weight = torch.full((2, 3), 3e38, dtype=dtype)
