@@ -13,10 +13,12 @@
 #include "apply_shift.h"
 #include "edit_values.h"
 #include "largest_magnitude.h"
+#include "linear_cross_entropy.h"
 #include "magnitude_threshold.h"
 #include "masked_sgd.h"
 #include "philox.h"
 #include "random_mask.h"
+#include "team.h"
 #include "ties_merge.h"
 
 namespace py = pybind11;
@@ -134,6 +136,20 @@ float largest_magnitude(const Matrix& x, std::int64_t rows, std::int64_t columns
     return largest;
 }
 
+void linear_cross_entropy(const Matrix& hidden, const Matrix& weight, std::uintptr_t bias,
+                          std::uintptr_t targets, std::int64_t rows, std::int64_t width,
+                          std::int64_t vocabulary, std::uintptr_t losses, std::uintptr_t grads,
+                          int threads) {
+    const pyeditfast_matrix h = as_matrix(hidden), w = as_matrix(weight);
+    call([&](char* message, std::size_t message_size) {
+        return pyeditfast_linear_cross_entropy(
+            &h, &w, reinterpret_cast<const float*>(bias),
+            reinterpret_cast<const std::int64_t*>(targets), rows, width, vocabulary,
+            reinterpret_cast<float*>(losses), reinterpret_cast<float*>(grads), threads, message,
+            message_size);
+    });
+}
+
 py::tuple philox_4x32_10(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3,
                          std::uint32_t k0, std::uint32_t k1) {
     const pyeditfast::PhiloxState out = pyeditfast::philox_4x32_10({c0, c1, c2, c3}, k0, k1);
@@ -160,11 +176,6 @@ py::dict build_info() {
 #else
     info["cuda_emulated"] = false;
 #endif
-#ifdef _OPENMP
-    info["openmp"] = true;
-#else
-    info["openmp"] = false;
-#endif
     return info;
 }
 
@@ -174,7 +185,15 @@ PYBIND11_MODULE(_csrc, module) {
     module.doc() = "Compiled functions of pyeditfast. They take addresses: call them through pyeditfast.ops.";
 
     module.def("build_info", &build_info,
-               "Compiler, CUDA and OpenMP of this build, as a dictionary.");
+               "Compiler and CUDA of this build, as a dictionary.");
+    module.def(
+        "share_threads",
+        [](std::uintptr_t start) {
+            pyeditfast::share_threads(reinterpret_cast<pyeditfast::StartTeam>(start));
+        },
+        py::arg("start"),
+        "Runs on the threads of the OpenMP runtime whose GOMP_parallel is at the address, 0: on new "
+        "ones.");
     module.def("philox_4x32_10", &philox_4x32_10, py::arg("c0"), py::arg("c1"), py::arg("c2"),
                py::arg("c3"), py::arg("k0"), py::arg("k1"),
                "One Philox4x32-10 block, for tests.");
@@ -221,6 +240,12 @@ PYBIND11_MODULE(_csrc, module) {
                "Adds a dense shift to the matrix weight, rounded once.");
     module.def("largest_magnitude", &largest_magnitude, py::arg("x"), py::arg("rows"),
                py::arg("columns"), py::arg("threads"), "Returns the largest |x|, 0 of nothing.");
+    module.def("linear_cross_entropy", &linear_cross_entropy, py::arg("hidden"), py::arg("weight"),
+               py::arg("bias"), py::arg("targets"), py::arg("rows"), py::arg("width"),
+               py::arg("vocabulary"), py::arg("losses"), py::arg("grads"), py::arg("threads"),
+               "Writes a head's losses, and their gradients by hidden, float32, at addresses.");
+    module.def("linear_cross_entropy_is_fast", &pyeditfast_linear_cross_entropy_is_fast,
+               "Whether linear_cross_entropy has vector instructions to run on.");
 
 #if defined(PYEDITFAST_CUDA_VERSION) || defined(PYEDITFAST_EMULATED_CUDA)
     pyeditfast::bindings::bind_cuda(module);

@@ -3,9 +3,8 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <exception>
-#include <thread>
-#include <vector>
+
+#include "team.h"
 
 namespace pyeditfast {
 
@@ -16,9 +15,8 @@ inline int worker_count(std::int64_t count, int threads, std::int64_t grain) {
 }
 
 // Calls body(worker, begin, end) once for each worker in [0, worker_count), for disjoint ranges
-// that cover [0, count), each on a thread of its own, the caller's among them. Ranges start at
-// multiples of `grain`: starting a thread costs more than a small range. A machine that refuses a
-// thread makes this slower, not wrong: the caller does what is left. The body must not throw.
+// that cover [0, count), on up to `threads` threads, the caller's among them. Ranges start at
+// multiples of `grain`: waking a thread costs more than a small range. The body must not throw.
 template <typename Body>
 inline void parallel_ranges(std::int64_t count, int threads, std::int64_t grain,
                             const Body& body) {
@@ -31,22 +29,8 @@ inline void parallel_ranges(std::int64_t count, int threads, std::int64_t grain,
         const std::int64_t first = worker * share + std::min(worker, remainder);
         return first >= grains ? count : first * grain;
     };
-
-    std::vector<std::thread> started;
-    int next = 1;
-    try {
-        started.reserve(static_cast<std::size_t>(workers - 1));
-        for (; next < workers; ++next) {
-            const std::int64_t begin = begin_of(next);
-            const std::int64_t end = begin_of(next + 1);
-            started.emplace_back([&body, worker = next, begin, end] { body(worker, begin, end); });
-        }
-    } catch (const std::exception&) {
-        // No thread or no memory for one.
-    }
-    body(0, std::int64_t{0}, begin_of(1));
-    for (; next < workers; ++next) body(next, begin_of(next), begin_of(next + 1));
-    for (std::thread& thread : started) thread.join();
+    const auto work = [&](int worker) { body(worker, begin_of(worker), begin_of(worker + 1)); };
+    run_team(workers, threads, work);
 }
 
 }  // namespace pyeditfast

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -34,11 +36,29 @@ def _attempt() -> tuple[ModuleType | None, str]:
         return None, f"the compiled module {_NAME} does not load: {error}"
     info = module.build_info()
     cuda = f"CUDA {info['cuda_version']}" if info["cuda"] else f"no CUDA ({info['cuda_note']})"
-    openmp = "OpenMP" if info["openmp"] else "no OpenMP"
+    start = start_of_torch_threads()
+    module.share_threads(start)
+    threads = "its own threads" if start == 0 else "torch's threads"
     return (
         module,
-        f"the compiled module {_NAME} was built with {info['compiler']}, {cuda}, {openmp}",
+        f"the compiled module {_NAME} was built with {info['compiler']}, {cuda}; it runs on "
+        f"{threads}",
     )
+
+
+def start_of_torch_threads() -> int:
+    """Return the address of the function that starts torch's threads, 0 where there is none."""
+    torch = sys.modules.get("torch")
+    if torch is None or torch.__file__ is None:
+        return 0
+    library = Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"
+    try:
+        # Loaded long ago. The name is looked up in what it was linked with, too: the one OpenMP
+        # runtime that torch itself runs on.
+        function = ctypes.CDLL(str(library)).GOMP_parallel
+    except (OSError, AttributeError):
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def _why_missing() -> str:

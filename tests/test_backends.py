@@ -26,6 +26,7 @@ OPS = [
     "covariance",
     "edit_values",
     "gram",
+    "linear_cross_entropy",
     "magnitude_threshold",
     "masked_sgd",
     "random_mask",
@@ -39,6 +40,7 @@ COMPILED = (
     "activation_gap",
     "apply_shift",
     "edit_values",
+    "linear_cross_entropy",
     "magnitude_threshold",
     "masked_sgd",
     "random_mask",
@@ -265,6 +267,9 @@ def test_the_ops_follow_the_choice(name, monkeypatch):
         "activation_gap": lambda: ops.activation_gap(keys[None], keys, [keys]),
         "routed_linear": lambda: ops.routed_linear(keys[None], keys, [keys], torch.zeros(1)),
         "masked_sgd": lambda: ops.masked_sgd_(keys.clone(), keys, keys, seed=0, ratio=0.5, lr=1.0),
+        "linear_cross_entropy": lambda: ops.linear_cross_entropy(
+            keys, keys, torch.tensor([0, 1, 2])
+        ),
         "magnitude_threshold": lambda: ops.magnitude_threshold(keys, 0.5),
         "ties_merge": lambda: ops.ties_merge(keys, [keys], 0.5),
     }

@@ -10,6 +10,7 @@ from pyeditfast.ops.choose_route import choose_route
 from pyeditfast.ops.covariance import covariance
 from pyeditfast.ops.edit_values import edit_values
 from pyeditfast.ops.gram import gram
+from pyeditfast.ops.linear_cross_entropy import linear_cross_entropy
 from pyeditfast.ops.magnitude_threshold import magnitude_threshold
 from pyeditfast.ops.masked_sgd import masked_sgd_, masked_sgd_product_
 from pyeditfast.ops.memories import MOST_IN_A_KERNEL
@@ -39,6 +40,7 @@ __all__ = [
     "covariance",
     "edit_values",
     "gram",
+    "linear_cross_entropy",
     "magnitude_threshold",
     "margin_loss",
     "masked_sgd_",

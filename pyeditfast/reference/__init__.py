@@ -11,6 +11,7 @@ from pyeditfast.reference.choose_route import MAIN, choose_route
 from pyeditfast.reference.covariance import covariance
 from pyeditfast.reference.edit_values import edit_values
 from pyeditfast.reference.gram import gram
+from pyeditfast.reference.linear_cross_entropy import linear_cross_entropy
 from pyeditfast.reference.magnitude_threshold import magnitude_threshold
 from pyeditfast.reference.margin_loss import margin_loss
 from pyeditfast.reference.masked_sgd import masked_sgd_, masked_sgd_product_
@@ -33,6 +34,7 @@ __all__ = [
     "covariance",
     "edit_values",
     "gram",
+    "linear_cross_entropy",
     "magnitude_threshold",
     "margin_loss",
     "masked_sgd_",

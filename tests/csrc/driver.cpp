@@ -22,6 +22,7 @@
 #include "float16_arrays.h"
 #include "float_types.h"
 #include "largest_magnitude.h"
+#include "linear_cross_entropy.h"
 #include "magnitude_threshold.h"
 #include "masked_sgd.h"
 #include "matrix.h"
@@ -351,6 +352,36 @@ void row_functions(std::int64_t rows, std::int64_t columns, int type, Layout lay
     });
 }
 
+// `biased` heads also leave a gap between their rows.
+void head_function(std::int64_t rows, std::int64_t width, std::int64_t vocabulary, Layout layout,
+                   bool biased) {
+    const std::string name = "linear_cross_entropy " + std::to_string(rows) + " x " +
+                             std::to_string(width) + " x " + std::to_string(vocabulary) +
+                             " layout " + std::to_string(layout) + (biased ? " biased" : "");
+    Random random = {7};
+    const auto uniform = [&] { return static_cast<float>(random.next()) / 2147483648.0f - 0.5f; };
+    const std::int64_t stride = biased ? width + 5 : width;
+    std::vector<float> head(static_cast<std::size_t>((vocabulary - 1) * stride + width));
+    std::vector<float> bias(static_cast<std::size_t>(vocabulary));
+    for (float& number : head) number = uniform();
+    for (float& number : bias) number = uniform();
+    std::vector<std::int64_t> targets(static_cast<std::size_t>(rows));
+    for (std::int64_t& target : targets) target = random.next() % vocabulary;
+    const Matrix hidden(rows, width, kFloat32, layout, 8);
+    const pyeditfast_matrix weight = {head.data(), stride, 1, kFloat32};
+    report(name, [&](int threads) {
+        std::vector<float> losses(static_cast<std::size_t>(rows));
+        std::vector<float> grads(static_cast<std::size_t>(rows * width));
+        require(pyeditfast_linear_cross_entropy(hidden.get(), &weight,
+                                                biased ? bias.data() : nullptr, targets.data(),
+                                                rows, width, vocabulary, losses.data(),
+                                                grads.data(), threads, message, sizeof message),
+                "linear_cross_entropy");
+        losses.insert(losses.end(), grads.begin(), grads.end());
+        return hash_of(losses);
+    });
+}
+
 void refusals() {
     const Matrix good(3, 4, kFloat32, kRows, 1);
     const pyeditfast_matrix null = {nullptr, 4, 1, kFloat32};
@@ -413,6 +444,14 @@ int main(int count, char** arguments) {
             element_functions(1029, 67, type, layout);
             row_functions(1, 1, type, layout);
             row_functions(67, 2051, type, layout);
+        }
+    }
+    for (const bool biased : {false, true}) {
+        for (const Layout layout : kLayouts) {
+            head_function(1, 1, 1, layout, biased);
+            head_function(7, 67, 1031, layout, biased);
+            head_function(17, 129, 600, layout, biased);
+            head_function(67, 300, 1100, layout, biased);
         }
     }
     refusals();
