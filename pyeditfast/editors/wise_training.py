@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import linear
 
 from pyeditfast.editors.wise_config import WiseConfig
 from pyeditfast.editors.wise_graph import StepGraphs
@@ -111,7 +111,6 @@ class SideMemoryTraining:
 
         edited = batch(self.sequences)
         self.replay = SuffixReplay(runner, module_name, edited.batch)
-        self.targets = edited.batch.targets.to(main.device)
         self.token_weights = self._token_weights(edited.answers).to(main.device)
         groups = [edited, batch(locality)]
         if past is not None:
@@ -185,8 +184,7 @@ class SideMemoryTraining:
     def _loss(self, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss, and the in- and out-of-scope gaps ``[edits]``."""
         parts = output.split(self.sizes)
-        logits = _at_least_float32(self.replay.answer_logits(parts[0])).to(output.device)
-        losses = cross_entropy(logits, self.targets, reduction="none")
+        losses = self.replay.answer_losses(parts[0]).to(output.device)
         loss = (losses * self.token_weights).sum()
         gaps = self._gaps(output)
         in_gaps = gaps[0].view(self.edit_count, -1)

@@ -129,13 +129,12 @@ def _no_mask(*args: Any, **options: Any) -> None:
 
 
 @contextlib.contextmanager
-def packed_attention_enabled(model: PreTrainedModel) -> Iterator[None]:
-    """Let ``model`` dispatch its attention to ``packed_attention`` inside a ``with`` block, then
-    restore its own.
+def packed_attention_enabled(configs: Sequence[Any]) -> Iterator[None]:
+    """Let a model of ``configs`` dispatch its attention to ``packed_attention`` inside a ``with``
+    block, then restore its own.
     """
     AttentionInterface.register(ATTENTION_NAME, packed_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
-    configs = _attention_configs(model)
     previous = [config._attn_implementation_internal for config in configs]
     try:
         # The private attribute, because the public setter has no way back for composite models that
@@ -148,7 +147,8 @@ def packed_attention_enabled(model: PreTrainedModel) -> Iterator[None]:
             config._attn_implementation_internal = implementation
 
 
-def _attention_configs(model: PreTrainedModel) -> list[Any]:
+def attention_configs(model: PreTrainedModel) -> list[Any]:
+    """Return every configuration in a model that names an attention."""
     found = {id(model.config): model.config}
     for submodule in model.modules():
         config = getattr(submodule, "config", None)

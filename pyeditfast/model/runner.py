@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from pyeditfast.errors import PassTooLargeError
 from pyeditfast.model.memory import default_tokens_per_pass, is_out_of_memory
+from pyeditfast.model.output_head import HeadPass, head_only_at, head_skipped, plain_head
 from pyeditfast.model.packing import (
     PackedLayout,
+    attention_configs,
     packed_attention_enabled,
     packing_refused,
 )
 from pyeditfast.model.passes import cut_passes
 from pyeditfast.model.sequences import AnswerSequence
+from pyeditfast.ops import linear_cross_entropy
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +106,7 @@ class ModelRunner:
     tokens_per_pass: int | None = None
     graph_layers: int = 0
     packing_reason: str = field(default="not decided yet", init=False)
+    _logits_of_head: bool | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.tokens_per_pass is not None and self.tokens_per_pass < 1:
@@ -183,13 +189,37 @@ class ModelRunner:
             name: value.to(self.device) if isinstance(value, Tensor) else value
             for name, value in batch.inputs.items()
         }
-        with _head_only_at(self.model, batch.answer_slots), self._attention(batch):
+        with head_only_at(self.model, batch.answer_slots), self._attention(batch):
             logits = self.model(**inputs, use_cache=False, return_dict=True).logits
         return logits.reshape(-1, logits.shape[-1])
 
+    def answer_losses(self, batch: Batch) -> Tensor:
+        """Return the cross-entropy at the answer positions, ``[n]``, float32 or wider.
+
+        Where the model's logits are what its head gives, head and loss are one op. Gradients do not
+        reach the head.
+        """
+        head = plain_head(self.model)
+        if head is not None and self._logits_of_head:
+            with head_skipped(head):
+                return _losses(head, self.answer_logits(batch), batch.targets)
+        with HeadPass.watched(head) as seen:
+            logits = self.answer_logits(batch)
+        self._logits_of_head = seen.gave(logits)
+        if head is not None and self._logits_of_head:
+            # Not from the logits: the same losses, bit for bit, as in later passes.
+            return _losses(head, seen.hidden, batch.targets)
+        exact = logits if logits.dtype == torch.float64 else logits.float()
+        return cross_entropy(exact, batch.targets.to(exact.device), reduction="none")
+
+    @functools.cached_property
+    def _attention_configs(self) -> list[Any]:
+        # A walk over all modules: too long for every step of a side memory.
+        return attention_configs(self.model)
+
     def _attention(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
         if "packed_layout" in batch.inputs:
-            return packed_attention_enabled(self.model)
+            return packed_attention_enabled(self._attention_configs)
         return contextlib.nullcontext()
 
     def batch(self, sequences: Sequence[AnswerSequence]) -> Batch:
@@ -262,21 +292,8 @@ class ModelRunner:
         return probes
 
 
-@contextlib.contextmanager
-def _head_only_at(model: PreTrainedModel, slots: Tensor) -> Iterator[None]:
-    """Let the output head see only the hidden states at ``slots`` of the flattened tokens."""
-    head = model.get_output_embeddings()
-    if head is None:
-        raise TypeError(
-            f"{type(model).__name__} has no output head; a causal language model is needed"
-        )
-
-    def select(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = inputs[0].reshape(-1, inputs[0].shape[-1])
-        return (hidden.index_select(0, slots.to(hidden.device)).unsqueeze(0), *inputs[1:])
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _losses(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Return what a head's output on ``hidden`` ``[..., n, d]`` costs, ``[n]``."""
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    bias = None if head.bias is None else head.bias.detach()
+    return linear_cross_entropy(rows, head.weight.detach(), targets.to(rows.device), bias)

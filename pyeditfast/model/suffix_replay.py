@@ -89,10 +89,16 @@ class SuffixReplay:
             )
         return inputs
 
-    def answer_logits(self, output: Tensor) -> Tensor:
-        """Return the logits at the answer positions ``[n, vocabulary]`` if the module gives
+    def answer_losses(self, output: Tensor) -> Tensor:
+        """Return the losses at the answer positions ``[n]``, float32 or wider, if the module gives
         ``output`` ``[tokens, d_out]``.
         """
+        with self.giving(output):
+            return self.runner.answer_losses(self.batch)
+
+    @contextlib.contextmanager
+    def giving(self, output: Tensor) -> Iterator[None]:
+        """Let the model run the pass from the module on, which gives ``output``."""
         given = output.view(*self._shape[:-1], output.shape[-1])
         with contextlib.ExitStack() as replaced:
             for block, form in self._before.items():
@@ -103,7 +109,7 @@ class SuffixReplay:
             replaced.enter_context(_forward(self._path.module, lambda entered: given))
             for part in self._path.last:
                 replaced.enter_context(_forward(part, self._only_at_answers(part)))
-            return self.runner.answer_logits(self.batch)
+            yield
 
     def _entering_block(self) -> Callable[..., Any]:
         original = self._path.block.forward
@@ -137,11 +143,17 @@ def module_inputs(runner: ModelRunner, module_name: str, batch: Batch) -> Tensor
     return SuffixReplay(runner, module_name, batch).inputs
 
 
+QUERY_AND_OUTPUT = ("q_proj", "o_proj", "out_proj")
+"""Attention's linear layers that keys and values do not pass through. A query of 0 elsewhere is
+attended with like any other, and what comes of it is not read.
+"""
+
+
 @dataclass(frozen=True)
 class _Path:
     """Where a module lies: its ``block``, the blocks ``before`` it, and the parts ``beside`` the
-    module in its block. ``last`` is the feed-forward part of the model's last block, whose output
-    nothing but the head reads.
+    module in its block. ``last``: the parts of the model's last block that work on each position by
+    itself and whose output at other positions nothing reads.
     """
 
     module: nn.Module
@@ -167,18 +179,20 @@ def _path(model: PreTrainedModel, name: str) -> _Path:
     for depth in range(place + 1, len(parts)):
         parent = model.get_submodule(".".join(parts[:depth]))
         beside += [child for label, child in parent.named_children() if label != parts[depth]]
-    last = [] if number == len(blocks) - 1 else _positionwise(blocks[-1])
+    last = [] if number == len(blocks) - 1 else _read_at_answers(blocks[-1])
     return _Path(model.get_submodule(name), blocks[number], blocks[:number], beside, last)
 
 
-def _positionwise(block: nn.Module) -> list[nn.Module]:
-    """Return the feed-forward part of a block if it is one module that reads each position by
-    itself.
+def _read_at_answers(block: nn.Module) -> list[nn.Module]:
+    """Return the parts of the last block that only answer positions need: its feed-forward part if
+    that is one module, and what the attention makes queries and its output with.
     """
-    part = getattr(block, "mlp", None)
-    if not isinstance(part, nn.Module) or len(inspect.signature(part.forward).parameters) != 1:
-        return []
-    return [part]
+    named = dict(block.named_modules())
+    parts = [part for name, part in named.items() if name.rpartition(".")[2] in QUERY_AND_OUTPUT]
+    feed_forward = getattr(block, "mlp", None)
+    if isinstance(feed_forward, nn.Module):
+        parts.append(feed_forward)
+    return [part for part in parts if len(inspect.signature(part.forward).parameters) == 1]
 
 
 @contextlib.contextmanager

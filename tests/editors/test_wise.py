@@ -309,15 +309,15 @@ def test_an_interrupted_run_reports_its_last_edit(monkeypatch):
 
 def test_an_error_in_the_first_edit_of_a_shard_leaves_no_trace(monkeypatch):
     wise, clean = editor(), editor()
-    logits, calls = wise_training.SuffixReplay.answer_logits, iter(range(1000))
+    losses, calls = wise_training.SuffixReplay.answer_losses, iter(range(1000))
 
     def failing(self, output):
         if next(calls) == 5:
             raise RuntimeError("in the middle")
-        return logits(self, output)
+        return losses(self, output)
 
     with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="in the middle"):
-        broken.setattr(wise_training.SuffixReplay, "answer_logits", failing)
+        broken.setattr(wise_training.SuffixReplay, "answer_losses", failing)
         wise.edit(EDITS[:1])
     assert (wise.edits, wise.records, wise.memories.current) == (0, 0, None)
     for each in (wise, clean):

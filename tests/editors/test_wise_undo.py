@@ -23,21 +23,21 @@ def edited(dtype, family="llama"):
 
 
 def failing_at(number, failure, monkeypatch):
-    """Let ``failure`` have the logits of pass ``number`` of the next edit."""
-    original, passes = wise_training.SuffixReplay.answer_logits, iter(range(1000))
+    """Let ``failure`` have the losses of pass ``number`` of the next edit."""
+    original, passes = wise_training.SuffixReplay.answer_losses, iter(range(1000))
 
-    def logits(self, output):
+    def losses(self, output):
         told = original(self, output)
         return failure(told) if next(passes) == number else told
 
-    monkeypatch.setattr(wise_training.SuffixReplay, "answer_logits", logits)
+    monkeypatch.setattr(wise_training.SuffixReplay, "answer_losses", losses)
 
 
-def no_memory(logits):
+def no_memory(losses):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def error(logits):
+def error(losses):
     raise RuntimeError("in the middle")
 
 
@@ -46,7 +46,7 @@ def error(logits):
 @pytest.mark.parametrize(
     ("failure", "reason"),
     [
-        (lambda logits: logits * torch.nan, "not finite after 5 steps; the edit was undone"),
+        (lambda losses: losses * torch.nan, "not finite after 5 steps; the edit was undone"),
         (no_memory, "out of memory"),
     ],
 )

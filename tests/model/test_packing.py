@@ -12,7 +12,12 @@ from pyeditfast.errors import UnsupportedWeightError
 from pyeditfast.model.capture import capturing, frozen
 from pyeditfast.model.edit_modules import find_edit_modules
 from pyeditfast.model.gradients import turn_gradients
-from pyeditfast.model.packing import ATTENTION_NAME, PackedLayout, packed_attention_enabled
+from pyeditfast.model.packing import (
+    ATTENTION_NAME,
+    PackedLayout,
+    attention_configs,
+    packed_attention_enabled,
+)
 from pyeditfast.model.passes import cut_passes, longest_first
 from pyeditfast.model.runner import ModelRunner, packed_batch, padded_batch
 from pyeditfast.model.sequences import AnswerSequence
@@ -132,7 +137,10 @@ def test_nan_stays_in_its_own_sequence():
 def test_the_attention_is_restored_even_after_an_error():
     model = tiny_model("llama")
     before = model.config._attn_implementation
-    with pytest.raises(RuntimeError, match="stop"), packed_attention_enabled(model):
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        packed_attention_enabled(attention_configs(model)),
+    ):
         assert model.config._attn_implementation == ATTENTION_NAME
         raise RuntimeError("stop")
     assert model.config._attn_implementation == before

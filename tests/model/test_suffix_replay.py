@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
+from torch.nn.functional import cross_entropy
 
 from pyeditfast.editors.presets import default_modules
 from pyeditfast.errors import UnsupportedWeightError
@@ -36,6 +37,11 @@ def batch_for(runner, layout=None):
     return query_batch(QUERIES, layout).batch
 
 
+def logits_of(replay, output):
+    with replay.giving(output):
+        return replay.runner.answer_logits(replay.batch)
+
+
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_equals_the_whole_model(family, name):
     model = tiny_model(family, layers=4)
@@ -47,7 +53,7 @@ def test_equals_the_whole_model(family, name):
         for factor in (1.0, 1.1):
             module.weight.mul_(factor)
             expected = runner.answer_logits(batch)
-            found = replay.answer_logits(module(replay.inputs))
+            found = logits_of(replay, module(replay.inputs))
             # The last block's feed-forward part sees fewer rows, which may round otherwise.
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -64,9 +70,24 @@ def test_gradients_equal_those_of_the_whole_model(family):
     with frozen(model):
         replay = SuffixReplay(runner, name, batch)
         output = module(replay.inputs).detach().requires_grad_()
-        (grads,) = torch.autograd.grad(replay.answer_logits(output).sum(), output)
+        (grads,) = torch.autograd.grad(logits_of(replay, output).sum(), output)
     found = replay.inputs.T @ grads if family == "gpt2" else grads.T @ replay.inputs
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
+def test_losses_equal_those_of_the_whole_model(family):
+    model = tiny_model(family, layers=4)
+    name = modules_of(family)[0]
+    runner = ModelRunner(model)
+    batch = batch_for(runner)
+    with frozen(model), torch.no_grad():
+        replay = SuffixReplay(runner, name, batch)
+        output = model.get_submodule(name)(replay.inputs)
+        expected = cross_entropy(runner.answer_logits(batch), batch.targets, reduction="none")
+        # The first pass still asks the model for its logits.
+        for _ in range(3):
+            torch.testing.assert_close(replay.answer_losses(output), expected)
 
 
 def test_left_padded_batches():
@@ -77,7 +98,7 @@ def test_left_padded_batches():
     with frozen(model), torch.no_grad():
         replay = SuffixReplay(runner, name, batch)
         output = model.get_submodule(name)(replay.inputs)
-        found, expected = replay.answer_logits(output), runner.answer_logits(batch)
+        found, expected = logits_of(replay, output), runner.answer_logits(batch)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert replay.tokens == 18
 
@@ -91,7 +112,7 @@ def test_runs_nothing_before_the_module_again():
     for label, part in model.named_modules():
         if label.endswith(("q_proj", "gate_proj", "up_proj", "down_proj", "lm_head")):
             part.register_forward_hook(lambda *_, label=label: ran.append(label))
-    replay.answer_logits(torch.zeros(replay.tokens, 32))
+    logits_of(replay, torch.zeros(replay.tokens, 32))
     assert {label.split(".")[2] for label in ran if "layers" in label} == {"2", "3"}
     # The hook sees the edited module's recorded neighbours, which do not compute.
     assert [label for label in ran if label.endswith("q_proj")] == [
@@ -99,16 +120,21 @@ def test_runs_nothing_before_the_module_again():
     ]
 
 
-def test_the_last_feed_forward_part_runs_at_answer_positions_alone():
+@pytest.mark.parametrize("name", ["mlp", "self_attn.q_proj", "self_attn.o_proj"])
+def test_what_the_last_block_needs_at_answer_positions_runs_there_alone(name):
     model = tiny_model("llama", layers=4)
     runner = ModelRunner(model, packing=True)
-    rows = []
-    model.model.layers[3].mlp.down_proj.register_forward_pre_hook(
-        lambda _, args: rows.append(args[0].shape[1])
-    )
+    part, rows = model.model.layers[3].get_submodule(name), []
+    own = part.forward
+
+    def counting(hidden_states):
+        rows.append(hidden_states.shape[1])
+        return own(hidden_states)
+
+    part.forward = counting
     replay = SuffixReplay(runner, "model.layers.1.mlp.down_proj", batch_for(runner))
     rows.clear()
-    replay.answer_logits(torch.zeros(replay.tokens, 32))
+    logits_of(replay, torch.zeros(replay.tokens, 32))
     assert rows == [5]
 
 
@@ -118,7 +144,7 @@ def test_leaves_no_trace_on_the_model():
     batch = batch_for(runner)
     before = runner.answer_logits(batch)
     replay = SuffixReplay(runner, "model.layers.2.mlp.down_proj", batch)
-    replay.answer_logits(torch.zeros(replay.tokens, 32))
+    logits_of(replay, torch.zeros(replay.tokens, 32))
     assert torch.equal(runner.answer_logits(batch), before)
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -128,7 +154,7 @@ def test_leaves_no_trace_after_an_error():
     runner = ModelRunner(model)
     replay = SuffixReplay(runner, "model.layers.2.mlp.down_proj", batch_for(runner))
     with pytest.raises(RuntimeError):
-        replay.answer_logits(torch.zeros(replay.tokens, 31))
+        logits_of(replay, torch.zeros(replay.tokens, 31))
     assert not any("forward" in vars(module) for module in model.modules())
 
 
@@ -139,7 +165,7 @@ def test_a_forward_that_was_replaced_before_is_put_back():
     own = block.forward
     block.forward = own
     replay = SuffixReplay(runner, "model.layers.2.mlp.down_proj", batch_for(runner))
-    replay.answer_logits(torch.zeros(replay.tokens, 32))
+    logits_of(replay, torch.zeros(replay.tokens, 32))
     assert vars(block)["forward"] is own
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from routed_models import FAMILIES, RoutedModel, memories_of, padded, random_prompts, routed_model
 
-from pyeditfast.model.packing import packed_attention_enabled
+from pyeditfast.model.packing import attention_configs, packed_attention_enabled
 from pyeditfast.model.runner import ModelRunner, packed_batch, padded_batch
 from pyeditfast.model.sequences import AnswerSequence
 from pyeditfast.model.wise_linear import find_wise_linear, prompts_of
@@ -135,7 +135,7 @@ def test_gradients_of_a_packed_row_stay_apart():
         batch = packed_batch(sequences)
         embedded = routed.model.get_input_embeddings()(batch.inputs.pop("input_ids")).detach()
         embedded.requires_grad_()
-        with packed_attention_enabled(routed.model):
+        with packed_attention_enabled(attention_configs(routed.model)):
             logits = routed.model(inputs_embeds=embedded, use_cache=False, **batch.inputs).logits
         loss = logits[0, : len(first)].logsumexp(-1).sum()
         grads.append(torch.autograd.grad(loss, embedded)[0])
