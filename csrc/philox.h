@@ -45,10 +45,4 @@ inline float uniform_float(std::uint32_t bits) {
     return static_cast<float>(folded) * 4.6566127342e-10f;
 }
 
-// The element `low + high * 2^32` of the stream that (k0, k1) names.
-inline float philox_uniform(std::uint32_t low, std::uint32_t high, std::uint32_t k0,
-                            std::uint32_t k1) {
-    return uniform_float(philox_4x32_10({low, high, 0u, 0u}, k0, k1).c0);
-}
-
 }  // namespace pyeditfast

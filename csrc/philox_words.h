@@ -5,8 +5,10 @@
 
 namespace pyeditfast {
 
-// out[i] = the first word of the block for counter `start + i * step` (64 bits, wrapping) and key
-// `seed`, for i in [0, count). philox.h has the equation; all instruction sets give the same bits.
+// out[i] = the word of element j = start + i * step of the stream that `seed` names, for i in
+// [0, count): word j mod 4 of the block whose counter is j div 4. All j are below 2^64. philox.h has
+// the equation; all instruction sets give the same bits. Elements side by side share their blocks;
+// with another step each costs a block.
 void philox_words(std::uint32_t* out, std::int64_t count, std::uint64_t start, std::uint64_t step,
                   std::uint64_t seed);
 

@@ -8,7 +8,7 @@ matrix of W's size exists beside W.
 Floor for one module: ``2 n d_out d_in`` FLOPs on the 16-bit tensor cores for each product of parts
 (see ``tile_product``), three where ``K`` is bfloat16 and six where it is float32; the weight (and
 the remainder) read and written once; ``n (d_out + d_in)`` elements of the factors read.
-Stochastic rounding adds ten Philox rounds an element.
+Stochastic rounding adds a Philox block for four elements.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyeditfast_kernels.launch import Config, Example, interprets, launch
 from pyeditfast_kernels.modules import aligned
+from pyeditfast_kernels.philox import blocks_side_by_side, uniform, words_of_part
 from pyeditfast_kernels.tile_order import grouped_tile
 from pyeditfast_kernels.tile_product import quarters, tile_product, to_bfloat16, widened
 from pyeditfast_kernels.tuned import Tunable, describe_dtype, tuned_config
@@ -161,6 +162,7 @@ def apply_part(
     remainder_stride_row,
     remainder_stride_column,
     ROUNDING: tl.constexpr,
+    PHILOX_BLOCKS: tl.constexpr,
     INTERPRETED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -180,8 +182,10 @@ def apply_part(
         shift += widened(tl.load(kept, mask=inside, other=0.0), INTERPRETED).to(tl.float32)
     exact = before + shift
     if ROUNDING == "stochastic":
-        offset = index + first_row * d_in + first_column + (rows * d_in + columns)
-        rounded = round_stochastically(exact, tl.rand(seed, offset), dtype)
+        word = words_of_part(
+            seed, index, first_row, first_column, d_in, PHILOX_BLOCKS, True, ROWS, COLUMNS
+        )
+        rounded = round_stochastically(exact, uniform(word), dtype)
     else:
         rounded = round_nearest(exact, dtype, INTERPRETED)
     tl.store(place, narrowed(rounded, dtype), mask=inside)
@@ -221,6 +225,7 @@ def apply_shift_kernel(
     right_stride_n,
     right_stride_in,
     ROUNDING: tl.constexpr,
+    PHILOX_BLOCKS: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -272,6 +277,7 @@ def apply_shift_kernel(
             remainder_stride_row,
             remainder_stride_column,
             ROUNDING,
+            PHILOX_BLOCKS,
             INTERPRETED,
             BLOCK_OUT,
             BLOCK_IN // 4,
@@ -300,6 +306,10 @@ def apply_shift_(
         config = choose_config(right.dtype, fits, weight.dtype, rounding, weight.device)
     row_tiles = triton.cdiv(d_out, config.sizes["BLOCK_OUT"])
     column_tiles = triton.cdiv(d_in, config.sizes["BLOCK_IN"])
+    blocks = None
+    if rounding == "stochastic":
+        part = config.sizes["BLOCK_OUT"] * config.sizes["BLOCK_IN"] // 4
+        blocks = blocks_side_by_side(d_in, index, weight.dtype, part, config)
     kept = (0, 0, 0) if remainder is None else remainder.stride()
     launch(
         apply_shift_kernel,
@@ -329,6 +339,7 @@ def apply_shift_(
         right_stride_n=right.stride(1),
         right_stride_in=right.stride(2),
         ROUNDING=rounding,
+        PHILOX_BLOCKS=blocks,
         INTERPRETED=interprets(),
     )
     return weight

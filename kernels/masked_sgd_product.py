@@ -6,14 +6,14 @@ epilogue of the product, so that no gradient matrix exists. ``W'`` (weight) and 
 ``[n, d_in]`` of one of these dtypes; all of any strides. The product is accumulated in float32.
 
 Floor: ``W'`` and ``W`` read and ``W'`` written once; ``2 n d_out d_in`` FLOPs on the 16-bit tensor
-cores (six times that for float32 operands, whose parts are multiplied, see ``tile_product``); one
-Philox number an element.
+cores (six times that for float32 operands, whose parts are multiplied, see ``tile_product``); a
+Philox block for four elements.
 
-Philox, not memory, binds: what 14336 × 4096 bf16 elements and 240 tokens should take on an H200
-(132 multiprocessors that start 128 lanes a cycle, 1.8 GHz, 4 TB/s), counted in the machine code for
-sm_90 and not measured: the three matrices 88 µs, the product 36 µs, and 79 instructions an element
-150 µs, of which Philox and its comparison are 41. A mask that is read instead, a bit an element,
-would leave 75 µs of instructions.
+What 14336 × 4096 bf16 elements and 240 tokens should take on an H200 (132 multiprocessors that
+start 128 lanes a cycle, 1.8 GHz, 4 TB/s), counted in the machine code for sm_90 and not measured:
+the three matrices 88 µs, the product 36 µs, and 50 instructions an element 96 µs, of which the mask
+is 15 (Philox 9, the rest comparison and a bit for each). A mask that is read instead, a bit an
+element, would leave 68 µs of instructions, and memory would bind.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import triton.language as tl
 from torch import Tensor
 
 from pyeditfast_kernels.launch import Config, Example, interprets, launch
-from pyeditfast_kernels.masked_step import mask_of, stepped
+from pyeditfast_kernels.masked_step import masks_of_eight, stepped
 from pyeditfast_kernels.matrix_part import inside_of, offsets_of
 from pyeditfast_kernels.modules import aligned
+from pyeditfast_kernels.philox import blocks_side_by_side
 from pyeditfast_kernels.random_mask import is_far, last_kept, random_mask
 from pyeditfast_kernels.tile_order import grouped_tile
 from pyeditfast_kernels.tile_product import halves, tile_product
@@ -153,6 +154,7 @@ def masked_sgd_product_kernel(
     inputs_stride_in,
     main_stride_row,
     main_stride_column,
+    PHILOX_BLOCKS: tl.constexpr,
     FAR: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
@@ -171,18 +173,9 @@ def masked_sgd_product_kernel(
     tile_row, tile_column = grouped_tile(tl.program_id(0), row_tiles, column_tiles)
     first_row = tile_row.to(tl.int64) * BLOCK_OUT
     first_column = tile_column.to(tl.int64) * BLOCK_IN
-    # Reads nothing, since n ≥ 0, which the compiler does not know: it makes it lay the bits out as
-    # the weight, so that they need not be moved between threads.
-    places = weight + offsets_of(
-        first_row, first_column, weight_stride_row, weight_stride_column, ROWS, COLUMNS
+    bits = masks_of_eight(
+        seed, last, first_row, first_column, d_in, PHILOX_BLOCKS, FAR, ROWS, COLUMNS
     )
-    none = inside_of(first_row, first_column, tl.minimum(n, 0), d_in, ROWS, COLUMNS)
-    bits = (tl.load(places, mask=none, other=0.0) != 0.0).to(tl.int32)
-    for part in range(8):
-        row = first_row + part % 4 * ROWS
-        column = first_column + part // 4 * COLUMNS
-        kept = mask_of(seed, last, row, column, d_in, FAR, ROWS, COLUMNS)
-        bits += tl.where(kept, 1 << part, 0)
     grad = tile_product(
         output_grads,
         inputs,
@@ -243,7 +236,7 @@ def masked_sgd_product_kernel(
             old,
             parts[part],
             centre,
-            (bits & (1 << part)) != 0,
+            (bits & (1 << (7 - part))) != 0,
             lr,
             weight_decay,
             norm_constraint,
@@ -280,6 +273,7 @@ def masked_sgd_product_(
     if config is None:
         fits = aligned(weight, output_grads, inputs, main)
         config = choose_config(weight.dtype, inputs.dtype, fits, weight.device)
+    part = config.sizes["BLOCK_OUT"] * config.sizes["BLOCK_IN"] // 8
     row_tiles = triton.cdiv(d_out, config.sizes["BLOCK_OUT"])
     column_tiles = triton.cdiv(d_in, config.sizes["BLOCK_IN"])
     launch(
@@ -309,6 +303,7 @@ def masked_sgd_product_(
         inputs_stride_in=inputs.stride(1),
         main_stride_row=main.stride(0),
         main_stride_column=main.stride(1),
+        PHILOX_BLOCKS=blocks_side_by_side(d_in, 0, weight.dtype, part, config),
         FAR=is_far(d_out * d_in),
         INTERPRETED=interprets(),
     )

@@ -2,17 +2,18 @@
 
 ``mask[i] = u(seed, offset + i) < ratio`` as bytes, and ``u`` itself as float32, for elements ``i``
 of any shape, row-major; the equations are those of ``pyeditfast.reference.random_mask``, bit by
-bit. Other kernels compute their part of a mask with ``keeps``, so that none is stored.
+bit. Other kernels compute their part of a mask with ``kept_bytes``, so that none is stored.
 
 A mask needs no floating-point numbers: ``u`` grows with the folded word ``min(w, 2^32 − 1 − w)``,
 so the launcher finds the last one whose ``u`` is below the ratio, and the kernel compares integers.
+The bytes of a block are one word of four, which is stored as it is where the first element begins a
+block; elsewhere (``SKIP`` of its elements come before) they are stored byte by byte.
 
-Floor: one or four bytes written an element, and ten Philox rounds. For the first output word, of
-counters whose second half is zero, they are 17 products of 32 × 32 bits and 17 xors (29 products
-where their halves are computed one by one, as ``tl.rand`` does); with comparison and store the
-machine code has about 44 instructions an element. An H200 (132 multiprocessors that start 128 lanes
-a cycle, 1.8 GHz) should need 85 µs of them for 14336 × 4096 elements, 130 µs if wide products run
-at a quarter of that rate, and 15 µs to write the bytes: an estimate, not a measurement.
+Floor: one or four bytes written an element, and a Philox block for four elements (see ``philox``).
+The machine code for sm_90 has 17 instructions an element, comparison and store included. An H200
+(132 multiprocessors that start 128 lanes a cycle, 1.8 GHz) should need 33 µs of them for
+14336 × 4096 elements, 60 µs if wide products run at a quarter of that rate, and 15 µs to write the
+bytes: an estimate, not a measurement.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyeditfast_kernels.launch import Config, Example, launch
+from pyeditfast_kernels.philox import SCALE, block_words, in_order, uniform
 
 BYTES = Config(
     "4096 bytes",
@@ -45,41 +47,6 @@ NUMBERS = Config(
     why="two stores of 16 bytes a thread",
 )
 
-MULTIPLIER_A = tl.constexpr(0xD2511F53)
-MULTIPLIER_B = tl.constexpr(0xCD9E8D57)
-KEY_STEP_A = tl.constexpr(0x9E3779B9)
-KEY_STEP_B = tl.constexpr(0xBB67AE85)
-ROUNDS = tl.constexpr(10)
-
-SCALE = tl.constexpr(4.6566127342e-10)
-"""The largest float32 below 2⁻³¹, see the reference."""
-
-
-@triton.jit
-def first_word(seed, index):
-    """Return the first word, uint32, of Philox4x32-10 for the counter ``index``, int64 or uint32.
-
-    An index known to be below 2³² is cheaper as uint32.
-    """
-    c0 = index.to(tl.uint32)
-    c2 = c0 * 0
-    c3 = c2
-    c1 = (index >> 32).to(tl.uint32) if index.dtype.primitive_bitwidth == 64 else c2
-    key = seed.to(tl.uint64)
-    k0 = key.to(tl.uint32)
-    k1 = (key >> 32).to(tl.uint32)
-    for _ in tl.static_range(ROUNDS):
-        # One product of 64 bits is half the work of its halves, one by one.
-        a = c0.to(tl.uint64) * MULTIPLIER_A
-        b = c2.to(tl.uint64) * MULTIPLIER_B
-        c0 = (b >> 32).to(tl.uint32) ^ c1 ^ k0
-        c1 = b.to(tl.uint32)
-        c2 = (a >> 32).to(tl.uint32) ^ c3 ^ k1
-        c3 = a.to(tl.uint32)
-        k0 = tl.add(k0, KEY_STEP_A, sanitize_overflow=False)
-        k1 = tl.add(k1, KEY_STEP_B, sanitize_overflow=False)
-    return c0
-
 
 @triton.jit
 def is_kept(word, last):
@@ -90,25 +57,42 @@ def is_kept(word, last):
 
 
 @triton.jit
-def keeps(seed, index, last):
-    """Say for each ``index``, int64 or uint32, whether a mask is True there.
+def kept_bytes(seed, block, last):
+    """Return for each ``block``, int64 or uint32, four bytes, int32: byte ``k`` is 1 where a mask
+    keeps its ``k``-th element, else 0.
 
     ``last`` is int32 or None, and the launcher's ``last_kept(ratio)``.
     """
     if last is None:
-        return index != index
+        return (block * 0).to(tl.int32)
     else:
-        return is_kept(first_word(seed, index), last)
+        first, second, third, fourth = block_words(seed, block)
+        low = tl.where(is_kept(first, last), 1, 0) | tl.where(is_kept(second, last), 1 << 8, 0)
+        high = tl.where(is_kept(third, last), 1 << 16, 0)
+        high |= tl.where(is_kept(fourth, last), 1 << 24, 0)
+        return low | high
 
 
 @triton.jit
-def flat_index(offset, place, FAR: tl.constexpr):
-    """Return the index of the random number of element ``place``; uint32 unless ``FAR``."""
-    index = offset + place
+def bytes_in_order(words):
+    """Return the bytes, int8, of ``words``, int32, ``[..., n]`` as ``[..., 4 n]``."""
+    return in_order(
+        words.to(tl.int8),
+        (words >> 8).to(tl.int8),
+        (words >> 16).to(tl.int8),
+        (words >> 24).to(tl.int8),
+    )
+
+
+@triton.jit
+def flat_blocks(offset, FAR: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the blocks of a program's ``BLOCK`` elements; uint32 unless ``FAR``."""
+    first = (offset + tl.program_id(0).to(tl.int64) * BLOCK) >> 2
+    block = first + tl.arange(0, BLOCK // 4)
     if FAR:
-        return index
+        return block
     else:
-        return index.to(tl.uint32)
+        return block.to(tl.uint32)
 
 
 @triton.jit(do_not_specialize=["seed", "offset", "last"])
@@ -118,22 +102,34 @@ def random_mask_kernel(
     offset: tl.int64,
     last,
     numel,
+    SKIP: tl.constexpr,
     FAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    kept = keeps(seed, flat_index(offset, place, FAR), last)
-    tl.store(out + place, kept.to(tl.uint8), mask=place < numel)
+    """``out`` has ``numel`` bytes, or as many words of four bytes where ``SKIP`` is 0."""
+    kept = kept_bytes(seed, flat_blocks(offset, FAR, BLOCK), last)
+    if SKIP == 0:
+        place = tl.program_id(0).to(tl.int64) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+        tl.store(out + place, kept, mask=place < numel)
+    else:
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK) - SKIP
+        tl.store(out + place, bytes_in_order(kept), mask=(place >= 0) & (place < numel))
 
 
 @triton.jit(do_not_specialize=["seed", "offset"])
 def random_uniform_kernel(
-    out, seed: tl.uint64, offset: tl.int64, numel, FAR: tl.constexpr, BLOCK: tl.constexpr
+    out,
+    seed: tl.uint64,
+    offset: tl.int64,
+    numel,
+    SKIP: tl.constexpr,
+    FAR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    word = first_word(seed, flat_index(offset, place, FAR)).to(tl.int32, bitcast=True)
-    folded = word ^ (word >> 31)
-    tl.store(out + place, folded.to(tl.float32) * SCALE, mask=place < numel)
+    first, second, third, fourth = block_words(seed, flat_blocks(offset, FAR, BLOCK))
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK) - SKIP
+    number = uniform(in_order(first, second, third, fourth))
+    tl.store(out + place, number, mask=(place >= 0) & (place < numel))
 
 
 @functools.lru_cache(maxsize=64)
@@ -159,8 +155,9 @@ def is_far(numel: int, offset: int = 0) -> bool:
 
 
 def padded(numel: int) -> int:
-    """Return ``numel`` rounded up so that every store of the kernels is one of 16 bytes."""
-    return triton.cdiv(numel, 16) * 16
+    """Return ``numel`` rounded up so that every store of whole blocks is one of 16 bytes."""
+    # Triton tells sizes apart by whether 16 divides them, and a mask's is counted in words of four.
+    return triton.cdiv(numel, 64) * 64
 
 
 def random_mask(
@@ -168,16 +165,19 @@ def random_mask(
 ) -> Tensor:
     """Return a boolean tensor whose element ``i`` is ``u(seed, offset + i) < ratio``."""
     numel = math.prod(shape)
+    skip = offset % 4
     out = torch.empty(padded(numel), dtype=torch.uint8, device=device)
+    stored = out if skip else out.view(torch.int32)
     launch(
         random_mask_kernel,
-        (triton.cdiv(numel, BYTES.sizes["BLOCK"]),),
+        (triton.cdiv(skip + numel, BYTES.sizes["BLOCK"]) if numel else 0,),
         BYTES,
-        out=out,
+        out=stored,
         seed=seed,
         offset=offset,
         last=last_kept(ratio),
-        numel=out.numel(),
+        numel=stored.numel(),
+        SKIP=skip,
         FAR=is_far(numel, offset),
     )
     return out[:numel].view(torch.bool).view(tuple(shape))
@@ -188,15 +188,17 @@ def random_uniform(
 ) -> Tensor:
     """Return a float32 tensor whose element ``i`` is ``u(seed, offset + i)``."""
     numel = math.prod(shape)
+    skip = offset % 4
     out = torch.empty(padded(numel), dtype=torch.float32, device=device)
     launch(
         random_uniform_kernel,
-        (triton.cdiv(numel, NUMBERS.sizes["BLOCK"]),),
+        (triton.cdiv(skip + numel, NUMBERS.sizes["BLOCK"]) if numel else 0,),
         NUMBERS,
         out=out,
         seed=seed,
         offset=offset,
         numel=out.numel(),
+        SKIP=skip,
         FAR=is_far(numel, offset),
     )
     return out[:numel].view(tuple(shape))
@@ -216,4 +218,6 @@ def examples() -> list[Example]:
         example("from 0", 0, 4096, 14336),
         example("from 0", 0, 4095, 14335),
         example("beyond 32 bits", 2**40, 4096, 14336),
+        example("from 3", 3, 4096, 14336),
+        example("beyond 32 bits, from 3", 2**40 + 3, 4096, 14336),
     ]

@@ -63,8 +63,8 @@ def masked_sgd_(
     stop without asking the device. Returns ``weight``. Raises ``TypeError`` or ``ValueError`` for
     arguments that do not fit.
 
-    Floor: weight, main and gradient read and weight written once; about 8 FLOPs and one Philox
-    number an element. WISE (arXiv 2405.14768), section 2.3.2.
+    Floor: weight, main and gradient read and weight written once; about 8 FLOPs an element and a
+    Philox block for four elements. WISE (arXiv 2405.14768), section 2.3.2.
     """
     step = _Step(seed, ratio, lr, weight_decay, norm_constraint)
     _check(weight, main, step, active)

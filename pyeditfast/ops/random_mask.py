@@ -1,8 +1,8 @@
 """Random masks that are functions, not arrays: ``mask(i) = u(seed, i) < ratio``.
 
 Any backend computes any part of a mask with the same bits, so WISE's knowledge shards need no
-stored masks. ``u`` is Philox4x32-10 as in Triton's ``tl.rand(seed, i)``; the equation is in
-``pyeditfast.reference.random_mask``.
+stored masks. ``u(seed, i)`` is made of word ``i mod 4`` of the block ``i div 4`` of Philox4x32-10;
+the equation is in ``pyeditfast.reference.random_mask``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def random_mask(
     the expected share of True: 0 gives none, 1 gives all. The same seed gives the same bits on
     every backend and device. ``device`` defaults to torch's default device.
 
-    Cost: ten Philox rounds an element (20 products of 32 × 32 bits) and one byte written.
+    Cost: a Philox block for four elements (18 products of 32 × 32 bits) and one byte written an
+    element.
 
     Raises ``TypeError`` or ``ValueError`` for arguments outside these ranges, with their values.
     """
@@ -73,7 +74,7 @@ def random_uniform(
     a tensor drawn in parts equals the tensor drawn at once. ``device`` defaults to torch's
     default device.
 
-    Cost: ten Philox rounds an element and four bytes written.
+    Cost: a Philox block for four elements and four bytes written an element.
 
     Raises ``TypeError`` or ``ValueError`` for a seed outside ``[0, 2^64)``, a negative size, or an
     offset that is negative or whose last element lies beyond ``2^63 − 1``.

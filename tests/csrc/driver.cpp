@@ -167,22 +167,34 @@ void refuse(int status, const std::string& expected) {
     failed = true;
 }
 
-// Every rest that does not fill a vector, the carry from the lower to the upper half, and any step.
+// Every rest that does not fill a vector, every first word of a block, the carry from the lower to
+// the upper half of a block's number, and any step.
 void words(std::uint64_t step) {
     constexpr std::uint32_t kUntouched = 0xABABABABu;
     report("philox_words " + std::to_string(step), [=](int) {
         std::uint64_t result = 0;
-        for (std::int64_t count = 0; count <= 20; ++count) {
-            std::vector<std::uint32_t> out(40, kUntouched);
-            pyeditfast::philox_words(out.data(), count, (std::uint64_t{1} << 32) - 5, step, 77);
-            for (std::int64_t i = 0; i < 40; ++i) {
-                const std::uint32_t word = out[static_cast<std::size_t>(i)];
-                if (i >= count && word != kUntouched) stop("philox_words writes too much");
-                result = (result ^ word) * 1099511628211u;
+        for (std::uint64_t before = 2; before < 6; ++before) {
+            for (std::int64_t count = 0; count <= 70; ++count) {
+                const std::uint64_t start = (std::uint64_t{1} << 34) - before * step;
+                std::vector<std::uint32_t> out(90, kUntouched);
+                pyeditfast::philox_words(out.data(), count, start, step, 77);
+                for (std::int64_t i = 0; i < 90; ++i) {
+                    const std::uint32_t word = out[static_cast<std::size_t>(i)];
+                    if (i >= count && word != kUntouched) stop("philox_words writes too much");
+                    result = (result ^ word) * 1099511628211u;
+                }
             }
         }
         return result;
     });
+    // However they are cut into calls, the words are the same.
+    std::vector<std::uint32_t> whole(70), parts(70);
+    pyeditfast::philox_words(whole.data(), 70, 11, step, 77);
+    for (std::int64_t i = 0; i < 70; i += 7) {
+        const std::uint64_t start = 11 + static_cast<std::uint64_t>(i) * step;
+        pyeditfast::philox_words(parts.data() + i, 7, start, step, 77);
+    }
+    if (parts != whole) stop("philox_words gives parts other words than the whole");
 }
 
 // Every float16 number, what lies next to it and halfway to its neighbour, against the conversion of
@@ -435,7 +447,7 @@ int main(int count, char** arguments) {
         return 0;
     }
     float16_conversions();
-    for (const std::uint64_t step : {1, 3, 1 << 30}) words(step);
+    for (const std::uint64_t step : {1, 2, 3, 4, 1 << 30}) words(step);
     for (const std::int64_t numel : {0, 1, 7, 4097, 140001}) random_functions(numel);
     for (const int type : kTypes) {
         for (const Layout layout : kLayouts) {

@@ -17,9 +17,9 @@ FAMILIES = ("llama", "qwen2", "gpt2", "gptj")
 TEMPLATES = ("{}", "I think that {}", "Well, {}")
 
 
-def both(family, quirks, dtype, edits, **changes):
+def both(family, quirks, dtype, edits, steps=20, **changes):
     base = tiny_model(family, layers=4, dtype=dtype)
-    config = settings(quirks=quirks, n_iter=20, templates=TEMPLATES, **changes)
+    config = settings(quirks=quirks, n_iter=steps, templates=TEMPLATES, **changes)
     ours = WiseEditor(copy.deepcopy(base), tiny_tokenizer(), config)
     ours.edit(edits, strict=True)
     theirs = PublishedWise(
@@ -27,7 +27,7 @@ def both(family, quirks, dtype, edits, **changes):
         tiny_tokenizer(),
         ours.config.edit_module,
         templates=TEMPLATES,
-        n_iter=20,
+        n_iter=steps,
         edit_lr=config.edit_lr,
         act_margin=config.act_margin,
         quirks=quirks,
@@ -48,10 +48,11 @@ def difference(found, expected, main):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("quirks", ["none", "published"])
 def test_equals_the_published_procedure_in_float64(family, quirks):
-    ours, theirs = both(family, quirks, torch.float64, EDITS[:2])
+    # GPT-J's attention is float32 at any dtype, and every step enlarges what it rounds: 20 make
+    # 3e-5 of it under one mask and 5e-8 under another.
+    steps, bound = (8, 1e-6) if family == "gptj" else (20, 1e-8)
+    ours, theirs = both(family, quirks, torch.float64, EDITS[:2], steps)
     memory = ours.memories.current
-    # GPT-J's attention is float32 at any dtype.
-    bound = 1e-5 if family == "gptj" else 1e-8
     assert difference(memory.weight, theirs.side_weight, ours.memories.main) < bound
     assert memory.smallest_gap == pytest.approx(min(theirs.recorded_gaps), rel=1e-6)
 

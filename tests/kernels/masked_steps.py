@@ -10,7 +10,7 @@ from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-SHAPES = ((1, 1), (1, 7), (7, 1), (13, 31), (64, 64), (65, 66), (101, 203))
+SHAPES = ((1, 1), (1, 7), (7, 1), (13, 31), (9, 4), (64, 64), (65, 66), (70, 132), (101, 203))
 
 STEP: dict[str, Any] = {
     "seed": 2**64 - 3,

@@ -28,6 +28,9 @@ from pyeditfast.ops import Shift, apply_shift_
 from pyeditfast.reference.apply_shift import round_stochastically
 from pyeditfast_kernels import apply_shift as kernels
 
+STREAMS = [(0, 127), (1, 128), (2**31, 127), (2**32 + 1, 128), (2**63, 127), (2**64 - 1, 128)]
+"""Seeds, and rows that begin with a Philox block or inside one."""
+
 # Stochastic.
 
 
@@ -89,11 +92,11 @@ def test_stochastic_keeps_finite_numbers_finite_and_others_as_they_are(device, d
 
 
 @pytest.mark.parametrize("right", FACTORS, ids=str)
-@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 + 1, 2**63, 2**64 - 1])
+@pytest.mark.parametrize(("seed", "d_in"), STREAMS)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_stochastic_takes_the_neighbour_that_the_reference_takes(device, dtype, seed, right):
+def test_stochastic_takes_the_neighbour_that_the_reference_takes(device, dtype, seed, d_in, right):
     # Sums are exact in float32, so not one decision may differ.
-    weight, shift = exact_case(2, 3, 61, 127, dtype=dtype, right=right, device=device)
+    weight, shift = exact_case(2, 3, 61, d_in, dtype=dtype, right=right, device=device)
     nearest = exact_sum(weight, shift).to(dtype)
     expected, _ = by_reference(weight, shift, "stochastic", seed)
     apply_shift_(weight, shift, "stochastic", seed)
@@ -101,11 +104,12 @@ def test_stochastic_takes_the_neighbour_that_the_reference_takes(device, dtype, 
     assert (weight != nearest).double().mean().item() > 0.1
 
 
-@pytest.mark.parametrize("index", [0, 2**31 - 40, 2**32 - 40, 2**33 + 7, 2**62])
+@pytest.mark.parametrize("d_in", [12, 13])
+@pytest.mark.parametrize("index", [0, 2**31 - 40, 2**32 - 40, 2**33 + 7, 2**34 - 20, 2**62])
 @pytest.mark.parametrize("config", CONFIGS, ids=name_of)
-def test_random_numbers_of_far_elements(device, config, index):
+def test_random_numbers_of_far_elements(device, config, index, d_in):
     dtype = torch.bfloat16
-    weight, shift = exact_case(2, 1, 5, 13, dtype=dtype, right=torch.float32, device=device)
+    weight, shift = exact_case(2, 1, 5, d_in, dtype=dtype, right=torch.float32, device=device)
     uniform = reference.random_uniform(9, weight.shape, index).to(device)
     exact = exact_sum(weight, shift)
     expected = round_stochastically(exact.cpu(), torch.bfloat16, uniform.cpu())

@@ -79,46 +79,88 @@ def test_seeds_of_64_bits(device, seed):
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1e-45, 0.5, 1 - 2.0**-24, 1.0])
-def test_the_mask_is_that_of_random_mask(device, ratio):
+@pytest.mark.parametrize("d_in", [132, 133])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_mask_is_that_of_random_mask(device, dtype, d_in, ratio):
     # Ones where the mask keeps them, exactly.
-    weight = torch.zeros(70, 133, device=device)
+    weight = torch.zeros(70, d_in, dtype=dtype, device=device)
     grad = torch.full_like(weight, -1.0)
     ops.masked_sgd_(weight, grad, weight.clone(), seed=9, ratio=ratio, lr=1.0)
-    assert torch.equal(weight.cpu(), reference.random_mask(9, ratio, (70, 133)).float())
+    assert torch.equal(weight.cpu(), reference.random_mask(9, ratio, (70, d_in)).to(dtype))
 
 
 @triton.jit(do_not_specialize=["first_row", "first_column", "d_in"])
-def mask_kernel(kept, seed: tl.uint64, last, first_row, first_column, d_in, FAR: tl.constexpr):
+def mask_kernel(
+    kept,
+    seed: tl.uint64,
+    last,
+    first_row,
+    first_column,
+    d_in,
+    PHILOX_BLOCKS: tl.constexpr,
+    FAR: tl.constexpr,
+    EIGHT: tl.constexpr,
+):
     rows, columns = tl.arange(0, 8)[:, None], tl.arange(0, 16)[None, :]
     row, column = tl.cast(first_row, tl.int64), tl.cast(first_column, tl.int64)
-    part = masked_step.mask_of(seed, last, row, column, d_in, FAR, 8, 16)
+    if EIGHT:
+        part = masked_step.masks_of_eight(seed, last, row, column, d_in, PHILOX_BLOCKS, FAR, 8, 16)
+    else:
+        part = masked_step.mask_of(seed, last, row, column, d_in, PHILOX_BLOCKS, FAR, 8, 16)
     tl.store(kept + rows * 16 + columns, part.to(tl.uint8))
 
 
-@pytest.mark.parametrize(
-    ("first_row", "first_column", "d_in"),
-    [
-        (0, 0, 16),
-        (2**16 - 4, 2**16 - 16, 2**16),
-        (2**20 - 3, 2**12 - 7, 2**12),
-        (2**31 - 8, 2**31 - 40, 2**31 - 1),
-        (2**40, 5, 3),
-    ],
-)
-def test_the_mask_at_indices_beyond_32_bits(device, first_row, first_column, d_in):
+PLACES = [
+    (0, 0, 16),
+    (7, 4, 20),
+    (2**16 - 4, 2**16 - 16, 2**16),
+    (2**20 - 3, 2**12 - 7, 2**12),
+    (2**31 - 8, 2**31 - 40, 2**31 - 1),
+    (2**31 - 8, 2**31 - 40, 2**31 - 4),
+    (2**34 - 3, 0, 2**4),
+    (2**40, 5, 3),
+    (2**40, 4, 12),
+]
+
+# Whole blocks only where the rows begin with one.
+PARTS = [
+    (*place, philox_blocks)
+    for place in PLACES
+    for philox_blocks in ((0,) if place[1] % 4 or place[2] % 4 else (0, 1, 2))
+]
+
+
+def expected_part(first_row: int, first_column: int, d_in: int) -> Tensor:
+    """Return what mask_kernel has to store, by the reference."""
+    starts = ((first_row + row) * d_in + first_column for row in range(8))
+    return torch.stack([reference.random_uniform(2**63 + 1, (16,), at) < 0.5 for at in starts])
+
+
+@pytest.mark.parametrize(("first_row", "first_column", "d_in", "philox_blocks"), PARTS)
+def test_the_mask_at_indices_beyond_32_bits(device, first_row, first_column, d_in, philox_blocks):
     kept = torch.full((8, 16), 7, dtype=torch.uint8, device=device)
-    arguments = (2**63 + 1, last_kept(0.5), first_row, first_column, d_in)
-    mask_kernel[(1,)](kept, *arguments, FAR=True)
-    expected = torch.stack(
-        [
-            reference.random_uniform(2**63 + 1, (16,), (first_row + row) * d_in + first_column)
-            for row in range(8)
-        ]
-    )
-    assert torch.equal(kept.cpu().bool(), expected < 0.5)
+    arguments = (2**63 + 1, last_kept(0.5), first_row, first_column, d_in, philox_blocks)
+    mask_kernel[(1,)](kept, *arguments, FAR=True, EIGHT=False)
+    expected = expected_part(first_row, first_column, d_in)
+    assert torch.equal(kept.cpu().bool(), expected)
     if (first_row + 8) * d_in + first_column <= 2**32:
-        mask_kernel[(1,)](kept, *arguments, FAR=False)
-        assert torch.equal(kept.cpu().bool(), expected < 0.5)
+        kept.fill_(7)
+        mask_kernel[(1,)](kept, *arguments, FAR=False, EIGHT=False)
+        assert torch.equal(kept.cpu().bool(), expected)
+
+
+@pytest.mark.parametrize(("first_row", "first_column", "d_in", "philox_blocks"), PARTS)
+def test_the_masks_of_eight_parts(device, first_row, first_column, d_in, philox_blocks):
+    kept = torch.zeros((8, 16), dtype=torch.uint8, device=device)
+    arguments = (2**63 + 1, last_kept(0.5), first_row, first_column, d_in, philox_blocks)
+    for far in (True, False):
+        if not far and (first_row + 32) * d_in + first_column + 32 > 2**32:
+            continue
+        mask_kernel[(1,)](kept, *arguments, FAR=far, EIGHT=True)
+        for part in range(8):
+            place = first_row + part % 4 * 8, first_column + part // 4 * 16
+            bit = (kept.cpu() >> (7 - part)) & 1
+            assert torch.equal(bit.bool(), expected_part(*place, d_in)), part
 
 
 def test_indices_are_far_where_the_weight_has_more_than_2_to_the_32_elements(monkeypatch):

@@ -71,12 +71,13 @@ def test_operands_of_another_dtype(device, dtype, operands):
     assert same_bits(ops.masked_sgd_product_(weight, *others, **STEP).cpu(), expected)
 
 
+@pytest.mark.parametrize("beyond", [4, 5])
 @pytest.mark.parametrize("far", [False, True])
 @pytest.mark.parametrize("config", CONFIGS, ids=name_of)
-def test_every_configuration(device, config, far, monkeypatch):
+def test_every_configuration(device, config, far, beyond, monkeypatch):
     # Two tiles, and all eight parts of one.
     dtype = torch.float32 if config is kernels.NARROW else torch.bfloat16
-    shape = (config.sizes["BLOCK_OUT"], config.sizes["BLOCK_IN"] + 5)
+    shape = (config.sizes["BLOCK_OUT"], config.sizes["BLOCK_IN"] + beyond)
     monkeypatch.setattr(kernels, "is_far", lambda numel: far)
     weight, main = matrices(*shape, dtype, device)
     others = (*exact_operands(37, *shape, dtype, device), main)
@@ -151,12 +152,14 @@ def test_truncating_tensor_cores(device, operands, monkeypatch):
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.2, 1.0])
-def test_the_mask_is_that_of_random_mask(device, ratio):
-    weight = torch.zeros(67, 133, device=device)
-    output_grads, inputs = -torch.ones(2, 67, device=device), torch.ones(2, 133, device=device)
+@pytest.mark.parametrize("d_in", [132, 133])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_mask_is_that_of_random_mask(device, dtype, d_in, ratio):
+    weight = torch.zeros(67, d_in, dtype=dtype, device=device)
+    output_grads, inputs = -torch.ones(2, 67, device=device), torch.ones(2, d_in, device=device)
     step = {"seed": 2**63, "ratio": ratio, "lr": 0.5}
     ops.masked_sgd_product_(weight, output_grads, inputs, weight.clone(), **step)
-    assert torch.equal(weight.cpu(), reference.random_mask(2**63, ratio, (67, 133)).float())
+    assert torch.equal(weight.cpu(), reference.random_mask(2**63, ratio, (67, d_in)).to(dtype))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")

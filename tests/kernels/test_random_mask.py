@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -19,7 +20,20 @@ from pyeditfast_kernels import random_mask as kernels
 from pyeditfast_kernels.launch import interprets, launch, recording
 
 SEEDS = (0, 1, 2**31, 2**32 - 1, 2**32, 2**63, 2**64 - 1)
-OFFSETS = (1, 2**31 - 70, 2**32 - 5000, 2**32 - 70, 2**32, 2**40 + 3, 2**63 - 1 - 9000)
+OFFSETS = (
+    1,
+    2,
+    3,
+    4,
+    2**31 - 70,
+    2**32 - 5000,
+    2**32 - 70,
+    2**32,
+    2**34 - 2000,
+    2**34 - 2002,
+    2**40 + 3,
+    2**63 - 1 - 9000,
+)
 SHAPES = ((), (1,), (7, 31), (4096,), (4097,), (3, 5, 400), (0,), (4, 0))
 
 
@@ -124,12 +138,12 @@ def test_bytes_that_are_not_its_own_stay(device, monkeypatch):
         storages.append(torch.full((size + 64,), 7, dtype=torch.uint8, device=device))
         return storages[-1][32 : 32 + size]
 
-    for numel in (1, 15, 16, 17, 4095, 4096, 4097):
+    for numel, offset in itertools.product((1, 15, 16, 17, 4093, 4095, 4096, 4097), range(4)):
         monkeypatch.setattr(torch, "empty", guarded)
-        mask = kernels.random_mask(3, 0.5, (numel,), device)
+        mask = kernels.random_mask(3, 0.5, (numel,), device, offset)
         monkeypatch.setattr(torch, "empty", empty)
         assert set(storages[-1][32 : 32 + numel].tolist()) <= {0, 1}
-        assert torch.equal(mask.cpu(), reference.random_mask(3, 0.5, (numel,)))
+        assert torch.equal(mask.cpu(), kept_by_reference(3, 0.5, numel, offset))
         assert bool((storages[-1][:32] == 7).all()) and bool((storages[-1][-32:] == 7).all())
 
 
@@ -142,20 +156,22 @@ def test_gives_the_same_bits_twice_and_in_parts(device):
     assert same_bits(torch.cat(parts), first)
 
 
+@pytest.mark.parametrize("skip", [0, 3])
 @pytest.mark.parametrize("kernel", ["random_mask_kernel", "random_uniform_kernel"])
-def test_addresses_beyond_32_bits(monkeypatch, kernel):
+def test_addresses_beyond_32_bits(monkeypatch, kernel, skip):
     if not interprets():
         pytest.skip("a GPU has no memory without memory")
     from triton.runtime import interpreter
 
     with recording() as launches:
-        kernels.random_mask(1, 0.5, (16,), "cpu")
-        kernels.random_uniform(1, (16,), 0, "cpu")
+        kernels.random_mask(1, 0.5, (16,), "cpu", skip)
+        kernels.random_uniform(1, (16,), skip, "cpu")
     (found,) = (each for each in launches if each.kernel.__name__ == kernel)
     dtype = found.arguments["out"].dtype
     numel = (1 << 33) + 48
     out = FarTensor(1 << 60, (numel,), dtype)
-    block = found.config.sizes["BLOCK"]
+    # The mask is stored four bytes at a time, if it can be.
+    block = found.config.sizes["BLOCK"] // (4 if dtype == torch.int32 else 1)
     seen = Addresses(monkeypatch)
     # The last program of many, alone.
     last = interpreter.TensorHandle(
@@ -165,7 +181,8 @@ def test_addresses_beyond_32_bits(monkeypatch, kernel):
     monkeypatch.setattr(builder, "create_get_program_id", lambda self, axis: last)
     arguments = {**found.arguments, "out": out, "numel": numel, "FAR": True}
     launch(found.kernel, (1,), found.config, **arguments)
-    assert seen.stored == {out.address(place) for place in range(numel // block * block, numel)}
+    first = numel // block * block - skip
+    assert seen.stored == {out.address(place) for place in range(first, numel)}
 
 
 def test_indices_are_far_from_the_first_beyond_32_bits():

@@ -126,8 +126,9 @@ def test_the_result_stays_within_the_constraint(name, dtype):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", SIXTEEN_AND_32_BITS)
-def test_layouts(name, layout, dtype):
-    weight, grad, main = tensors((37, 1029), dtype)
+@pytest.mark.parametrize("d_in", [1028, 1029, 1030])
+def test_layouts(name, layout, dtype, d_in):
+    weight, grad, main = tensors((37, d_in), dtype)
     with backend(name):
         expected = op.masked_sgd_(weight.clone(), grad, main, **STEP)
         view, storage = lay_out(weight, layout)

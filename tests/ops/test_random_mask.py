@@ -75,10 +75,32 @@ def test_extension_gives_the_known_answers(counter, key, expected):
     assert extension.philox_4x32_10(*counter, *key) == expected
 
 
-def test_uniform_is_the_first_word_folded_and_scaled():
-    # 0x6627E8D5 = 1713891541 is below 2^31; 0xFFFFFFFF folds to 0.
-    expected = np.float32(0x6627E8D5) * np.float32(4.6566127342e-10)
-    assert reference_uniform(0, (1,)).item() == expected
+def test_uniform_is_the_word_folded_and_scaled():
+    # The first and the third known answer of a zero counter and key.
+    words = np.array([0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8], dtype=np.uint32)
+    # The first is below 2^31; the others fold to what is left to 2^32 − 1.
+    folded = np.minimum(words, 0xFFFFFFFF - words).astype(np.float32)
+    expected = folded * np.float32(4.6566127342e-10)
+    assert reference_uniform(0, (4,)).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("name", ["reference", "auto"])
+@pytest.mark.parametrize("first", [0, 5, 2**30 - 3, 2**32 - 3, 2**60])
+def test_an_element_has_a_word_of_the_block_of_four(name, first):
+    seed = 0x123456789ABCDEF0
+    blocks = torch.arange(first, first + 6)
+    zero = torch.zeros_like(blocks)
+    counter = (blocks & 0xFFFFFFFF, blocks >> 32, zero, zero)
+    words = philox_4x32_10(counter, (seed & 0xFFFFFFFF, seed >> 32))
+    with backend(name):
+        numbers = op.random_uniform(seed, (24,), 4 * first)
+        for index, number in enumerate(numbers.tolist()):
+            word = words[index % 4][index // 4].item()
+            expected = np.float32(min(word, 0xFFFFFFFF - word)) * np.float32(4.6566127342e-10)
+            assert number == expected, index
+        for begin in range(1, 9):
+            part = op.random_uniform(seed, (11,), 4 * first + begin)
+            assert torch.equal(part, numbers[begin : begin + 11]), begin
 
 
 @needs_extension
@@ -94,7 +116,8 @@ def test_extension_equals_reference(seed, numel):
 
 @needs_extension
 @pytest.mark.parametrize(
-    "offset", [1, 65_535, 2**31 - 3, 2**32 - 70_000, 2**32 + 5, 2**40 - 1, 2**63 - 1 - 140_001]
+    "offset",
+    [1, 2, 65_535, 2**31 - 3, 2**32 - 70_000, 2**34 - 70_001, 2**40 - 1, 2**63 - 1 - 140_001],
 )
 def test_extension_equals_reference_at_offsets(offset):
     numel = 140_001
@@ -153,9 +176,10 @@ def test_extension_refuses_a_null_pointer():
 def test_reference_chunks_join(monkeypatch):
     module = importlib.import_module("pyeditfast.reference.random_mask")
     uniform, mask = reference_uniform(3, (7, 31)), reference_mask(3, 0.3, (7, 31))
-    monkeypatch.setattr(module, "_CHUNK", 10)
-    assert torch.equal(reference_uniform(3, (7, 31)), uniform)
-    assert torch.equal(reference_mask(3, 0.3, (7, 31)), mask)
+    for chunk in (10, 12, 1):
+        monkeypatch.setattr(module, "_CHUNK", chunk)
+        assert torch.equal(reference_uniform(3, (7, 31)), uniform)
+        assert torch.equal(reference_mask(3, 0.3, (7, 31)), mask)
 
 
 TRITON_PROGRAM = """
@@ -167,16 +191,20 @@ TRITON_PROGRAM = """
 
 
     @triton.jit
-    def uniform(out, seed, start, BLOCK: tl.constexpr):
-        lane = tl.arange(0, BLOCK)
-        tl.store(out + lane, tl.rand(seed, start + lane.to(tl.int64)))
+    def uniform(out, seed, block, BLOCKS: tl.constexpr):
+        lane = tl.arange(0, BLOCKS)
+        first, second, third, fourth = tl.rand4x(seed, block + lane.to(tl.int64))
+        tl.store(out + 4 * lane, first)
+        tl.store(out + 4 * lane + 1, second)
+        tl.store(out + 4 * lane + 2, third)
+        tl.store(out + 4 * lane + 3, fourth)
 
 
     results = {}
-    for seed, start in eval(sys.argv[2]):
+    for seed, block in eval(sys.argv[2]):
         out = torch.empty(256)
-        uniform[(1,)](out, seed, start, BLOCK=256)
-        results[f"{seed} {start}"] = out
+        uniform[(1,)](out, seed, block, BLOCKS=64)
+        results[f"{seed} {block}"] = out
     from safetensors.torch import save_file
 
     save_file(results, sys.argv[1])
@@ -188,9 +216,9 @@ def test_equals_triton(tmp_path):
     from safetensors.torch import load_file
 
     cases = [
-        (seed, start)
+        (seed, block)
         for seed in (0, 1, 2**31, 2**32 + 7, 2**63 - 1, 2**63 + 12345, 2**64 - 1)
-        for start in (0, 1000, 2**31 - 100, 2**32 - 100, 2**40 + 1, 2**62)
+        for block in (0, 1000, 2**31 - 25, 2**32 - 25, 2**40 + 1, 2**60)
     ]
     program = tmp_path / "triton_uniform.py"
     program.write_text(textwrap.dedent(TRITON_PROGRAM))
@@ -202,10 +230,10 @@ def test_equals_triton(tmp_path):
     )
     triton_uniform = load_file(result)
     assert len(triton_uniform) == len(cases)
-    for seed, start in cases:
-        ours = op.random_uniform(seed, (256,), start)
-        assert torch.equal(triton_uniform[f"{seed} {start}"], ours), (seed, start)
-        assert torch.equal(reference_uniform(seed, (256,), start), ours), (seed, start)
+    for seed, block in cases:
+        ours = op.random_uniform(seed, (256,), 4 * block)
+        assert torch.equal(triton_uniform[f"{seed} {block}"], ours), (seed, block)
+        assert torch.equal(reference_uniform(seed, (256,), 4 * block), ours), (seed, block)
 
 
 @pytest.mark.parametrize("name", ["auto", "reference", "torch", "cpp"])
@@ -241,7 +269,7 @@ def test_device_argument_and_default_device():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_equals_cpu():
-    for offset in (0, 2**32 - 70_000):
+    for offset in (0, 2**32 - 70_000, 2**34 - 70_001):
         cuda = op.random_uniform(2**63 + 5, (140_001,), offset, device="cuda")
         assert torch.equal(cuda.cpu(), op.random_uniform(2**63 + 5, (140_001,), offset))
     cuda_mask = op.random_mask(4, 0.2, (300, 301), device="cuda")
@@ -250,8 +278,9 @@ def test_cuda_equals_cpu():
 
 def test_parts_equal_the_whole():
     whole = op.random_uniform(21, (1000,))
-    parts = [op.random_uniform(21, (250,), offset) for offset in range(0, 1000, 250)]
-    assert torch.equal(torch.cat(parts), whole)
+    for size in (250, 1, 125):
+        parts = [op.random_uniform(21, (size,), offset) for offset in range(0, 1000, size)]
+        assert torch.equal(torch.cat(parts), whole)
 
 
 def test_mask_is_uniform_below_ratio():
