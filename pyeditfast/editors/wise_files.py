@@ -142,7 +142,9 @@ def export(directory: Path, editor: WiseEditor) -> None:
     with checkpoints.staged(directory) as staging:
         try:
             weight.copy_(memories[0].weight)
-            editor.model.save_pretrained(staging)
+            # Nothing is left out: the side memory is written as the main one.
+            with editor.layer.suspended():
+                editor.model.save_pretrained(staging)
         finally:
             weight.copy_(original)
         editor.tokenizer.save_pretrained(staging)

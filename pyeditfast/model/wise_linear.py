@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -24,6 +25,8 @@ from pyeditfast.ops.choose_route import choose_route
 from pyeditfast.ops.memories import check_activation, check_memories
 from pyeditfast.ops.routed_linear import routed_linear
 from pyeditfast.reference.activation_gap import MEAN_UP_TO, REDUCTIONS
+
+logger = logging.getLogger(__name__)
 
 
 class WiseLinear(nn.Module):
@@ -60,9 +63,11 @@ class WiseLinear(nn.Module):
         self._transposed = isinstance(original, Conv1D)
         self._count = 0
         self._memories = 0
+        self._warned = False
         empty = torch.zeros(0, dtype=torch.float32, device=self.weight.device)
         self.register_buffer("thresholds", empty, persistent=False)
         self.train(original.training)
+        self.register_state_dict_pre_hook(_warn_of_side_memories)
         _register_operator()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -404,3 +409,15 @@ def _root(model: nn.Module, module_name: str) -> nn.Module:
 
 
 __all__ = ["Route", "WiseLinear", "find_wise_linear", "install", "prompts_of", "remove"]
+
+
+def _warn_of_side_memories(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Say once what a state dict, and so a saved model, leaves out."""
+    assert isinstance(module, WiseLinear)
+    if module.side_weights and not (module.routing.suspended or module._warned):
+        module._warned = True
+        logger.warning(
+            "a state dict is that of the base model, without its %d side memories; "
+            "WiseEditor.save(directory) keeps them",
+            len(module.side_weights),
+        )

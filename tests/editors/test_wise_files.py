@@ -112,11 +112,12 @@ def test_refuses_a_folder_of_another_method(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_export_is_a_plain_model_with_the_side_memory_in_place(family, tmp_path):
+def test_export_is_a_plain_model_with_the_side_memory_in_place(family, tmp_path, caplog):
     wise = editor(family)
     wise.edit(EDITS[:2])
     before = wise.memories.main.clone()
     wise.export(tmp_path)
+    assert "side memories" not in caplog.text
     assert torch.equal(wise.memories.main, before)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     weight = plain.get_parameter(f"{wise.config.edit_module}.weight").data

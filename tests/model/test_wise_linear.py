@@ -198,10 +198,13 @@ def test_moving_moves_everything(routed):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_saving_gives_the_base_model(family, tmp_path):
+def test_saving_gives_the_base_model_and_says_so_once(family, tmp_path, caplog):
     routed = routed_model(family)
     generate(routed.model, routed.prompts)
     routed.model.save_pretrained(tmp_path)
+    routed.model.state_dict()
+    (said,) = [record for record in caplog.records if record.name.startswith("pyeditfast")]
+    assert "without its 2 side memories; WiseEditor.save(directory)" in said.getMessage()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     base = routed.plain[-1].state_dict()
     assert loaded.state_dict().keys() == base.keys()
