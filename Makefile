@@ -41,7 +41,7 @@ bench: $(STAMP) ## run the benchmarks, record them in bench/results, draw docs/b
 gpu: ## check and time everything on this machine's GPU (SIZE=small: about a minute)
 	@$(PYTHON) -m bench.gpu --venv $(VENV) --size $(or $(SIZE),full)
 
-tune: ## search the kernels' configurations for this machine's GPU (kernels/tuned_configs)
+tune: ## search the fastest configurations and backends for this machine's GPU (kernels/tuned_configs)
 	@$(PYTHON) -m bench.gpu.tune --venv $(VENV)
 
 format: $(STAMP) ## format the code and sort its imports

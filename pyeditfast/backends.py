@@ -47,12 +47,14 @@ class Candidate:
 
     ``unavailable(device)`` returns None where the implementation can run, else the reason why not.
     ``not_automatic(device)`` returns None where ``"auto"`` may take it, else the reason why it has
-    to be asked for.
+    to be asked for. ``why`` is the reason for which ``"auto"`` takes it, None where it is just the
+    first choice.
     """
 
     backend: str
     unavailable: Callable[[torch.device], str | None]
     not_automatic: Callable[[torch.device], str | None] = always
+    why: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,30 @@ def refusing(candidates: Sequence[Candidate], backend: str, reason: str) -> Sequ
     ]
 
 
+def limiting(
+    candidates: Sequence[Candidate],
+    backend: str,
+    not_automatic: Callable[[torch.device], str | None],
+    why: str | None = None,
+) -> Sequence[Candidate]:
+    """Return the candidates, of which ``"auto"`` takes ``backend`` only where ``not_automatic``
+    returns None too, and then for the reason ``why``; it is asked last.
+    """
+
+    def limited(candidate: Candidate) -> Candidate:
+        first = candidate.not_automatic
+        return replace(
+            candidate,
+            not_automatic=lambda device: first(device) or not_automatic(device),
+            why=why,
+        )
+
+    return [
+        limited(candidate) if candidate.backend == backend else candidate
+        for candidate in candidates
+    ]
+
+
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
     """Choose the backend of every op inside a ``with`` block.
@@ -158,7 +184,7 @@ def explain(op: str, candidates: Sequence[Candidate], device: torch.device) -> C
             elif passed_over:
                 why = "; ".join(passed_over)
             else:
-                why = f"first choice on {device.type}"
+                why = candidate.why or f"first choice on {device.type}"
             return Choice(op, candidate.backend, why)
         passed_over.append(f"{candidate.backend} not used: {reason}")
     names = ", ".join(candidate.backend for candidate in candidates)

@@ -47,3 +47,17 @@ def interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def tuned_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Let this machine have a GPU called "NVIDIA Test 1", and the files of ``make tune`` be in a
+    folder of this test.
+    """
+    from pyeditfast_kernels import tuned_files
+
+    monkeypatch.setattr(tuned_files, "FOLDER", tmp_path)
+    monkeypatch.setattr(tuned_files, "gpu_name", lambda index: "NVIDIA Test 1")
+    tuned_files.read_tuned_file.cache_clear()
+    yield tmp_path
+    tuned_files.read_tuned_file.cache_clear()

@@ -15,7 +15,7 @@ import torch
 
 import pyeditfast
 from pyeditfast import Choice, backend, backends, chosen_backends, ops
-from pyeditfast.backends import Candidate, always, choose, explain
+from pyeditfast.backends import Candidate, always, choose, explain, limiting
 
 CPU = torch.device("cpu")
 
@@ -118,6 +118,31 @@ def test_unknown_names(name):
     with pytest.raises(ValueError, match=re.escape(message)), backend(name):
         pytest.fail("the block must not be entered")
     assert taken() == "torch"
+
+
+def test_auto_leaves_what_a_limit_names_and_the_name_insists():
+    asked = []
+
+    def small(device: torch.device) -> str | None:
+        asked.append(device)
+        return "too small"
+
+    candidates = [Candidate("cuda", always), Candidate("torch", always)]
+    limited = limiting(candidates, "cuda", small)
+    assert explain("op", limited, CPU) == Choice("op", "torch", "cuda not used: too small")
+    assert asked == [CPU]
+    assert explain("op", limiting(candidates, "cuda", always), CPU).backend == "cuda"
+    with backend("cuda"):
+        assert explain("op", limited, CPU) == Choice("op", "cuda", "asked for")
+
+
+def test_a_limit_is_asked_last():
+    def fail(device: torch.device) -> str | None:
+        raise AssertionError("asked")
+
+    first = Candidate("cuda", always, lambda device: "no GPU has run it")
+    choice = explain("op", limiting([first, Candidate("torch", always)], "cuda", fail), CPU)
+    assert choice == Choice("op", "torch", "cuda not used: no GPU has run it")
 
 
 # Scope.

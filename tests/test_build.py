@@ -255,7 +255,11 @@ def needed_libraries(module: Path) -> set[str]:
 def test_a_wheel_is_whole_and_bound_to_no_torch(source):
     if load_extension() is None:
         pytest.skip(extension_status())
+    tuned = Path("tuned_configs", "nvidia-test-1.json")
+    (source / "kernels" / tuned.parent).mkdir(exist_ok=True)
+    (source / "kernels" / tuned).write_text("{}")
     installed = installed_wheel(source, PYEDITFAST_BUILD_CSRC="1")
+    assert (installed / "pyeditfast_kernels" / tuned).exists()
     tops = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
     assert tops == {"pyeditfast", "pyeditfast_kernels", "pyeditfast_published", "bin"}
     for name, sources in (("pyeditfast", "pyeditfast"), ("pyeditfast_kernels", "kernels")):

@@ -35,6 +35,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     },
     "editor": {"editor": str, "case": str, "form": str, "median_seconds": float, "detail": str},
     "tuned": {"op": str, "shape_class": str, "config": str, "median_seconds": dict},
+    "fastest": {"op": str, "size_class": str, "backend": str, "median_seconds": dict},
     "note": {"status": str, "detail": str},
 }
 """By kind of row, the fields that it must have and their types; it may have more."""

@@ -1,8 +1,9 @@
-"""``python -m bench.gpu.tune``: find the fastest configuration of every kernel on this GPU.
+"""``python -m bench.gpu.tune``: find the fastest configurations and backends on this GPU.
 
-Times what ``tunable()`` in each file of ``kernels/`` offers and writes
-``kernels/tuned_configs/<gpu>.json``, from which the launchers take their configurations. Each op
-runs in a process of its own; an op that fails keeps what the file said of it.
+Times what ``tunable()`` in each file of ``kernels/`` offers, and the backends of each op for which
+``size_classes()`` in ``bench/gpu/cases`` lists sizes, and writes
+``kernels/tuned_configs/<gpu>.json``, from which launchers and ops choose. Each op runs in a process
+of its own; an op that fails keeps what the file said of it.
 """
 
 from __future__ import annotations
@@ -25,50 +26,102 @@ FOLDER = REPOSITORY / "kernels" / "tuned_configs"
 
 LIMIT = 180.0
 
+BACKENDS_LIMIT = 300.0
+
+BUILD_LIMIT = 100.0
+
 
 def tunable_ops() -> list[str]:
     """Return the kernels' files that define ``tunable``."""
-    files = sorted((REPOSITORY / "kernels").glob("*.py"))
-    return [path.stem for path in files if "\ndef tunable(" in path.read_text(encoding="utf-8")]
+    return _defining("tunable", REPOSITORY / "kernels")
+
+
+def measured_ops() -> list[str]:
+    """Return the ops whose backends are measured: those with ``size_classes``."""
+    return _defining("size_classes", REPOSITORY / "bench" / "gpu" / "cases")
+
+
+def _defining(function: str, folder: Path) -> list[str]:
+    return [
+        path.stem
+        for path in sorted(folder.glob("*.py"))
+        if f"\ndef {function}(" in path.read_text(encoding="utf-8")
+    ]
 
 
 def phases(ops: list[str], device: str, size: str) -> list[Phase]:
-    """Return the plan: the device, then op after op."""
+    """Return the plan: the device, what backends need, then op after op."""
     common = ("--device", device, "--size", size)
-    look = Step("device", ("-m", "bench.gpu.device", *common), 60)
-    steps = [
-        Step(f"tune {op}", ("-m", "bench.gpu.candidates", *common, "--op", op), LIMIT) for op in ops
+
+    def step(module: str, label: str, limit: float, *options: str, **more: Any) -> Step:
+        return Step(label, ("-m", f"bench.gpu.{module}", *common, *options), limit, **more)
+
+    configurations = [
+        step("candidates", f"tune {op}", LIMIT, "--op", op) for op in ops if op in tunable_ops()
     ]
-    return [
-        Phase("look", 60, (look,)),
-        Phase("tune", 60 + LIMIT * len(ops), tuple(steps)),
+    backends = [
+        step(
+            *("fastest_backend", f"backends of {op}", BACKENDS_LIMIT, "--op", op),
+            resumes=True,
+            # A large class in float64, of which some GPUs have little.
+            quiet=BACKENDS_LIMIT / 2,
+        )
+        for op in ops
+        if op in measured_ops()
     ]
+    build = [step("build", "build csrc", BUILD_LIMIT, "--if-missing")] if backends else []
+    steps = (*configurations, *backends)
+    built = 60 + sum(step.limit for step in build)
+    found = [
+        Phase("look", 60, (step("device", "device", 60),)),
+        Phase("build", built, tuple(build)),
+        Phase("tune", built + sum(step.limit for step in steps), steps),
+    ]
+    return [phase for phase in found if phase.steps]
 
 
 def content_of(outcomes: list[Outcome], before: dict[str, Any]) -> dict[str, Any]:
-    """Return the file's content: what was found, and ``before`` for the ops that failed."""
+    """Return the file's content: what was found, and ``before`` for the ops that failed.
+
+    Of an op's backends, the classes that were measured before the step was cut off count too.
+    """
     rows = [row for outcome in outcomes for row in outcome.rows]
     device = next(row for row in rows if row["kind"] == "device")
-    known = before.get("configurations", {}) if before.get("gpu") == device["name"] else {}
-    found: dict[str, Any] = dict(known)
+    known = before if before.get("gpu") == device["name"] else {}
+    configurations: dict[str, Any] = dict(known.get("configurations", {}))
+    backends: dict[str, Any] = dict(known.get("backends", {}))
     for outcome in outcomes:
-        tuned = [row for row in outcome.rows if row["kind"] == "tuned"]
-        if outcome.status == "passed" and tuned:
-            found[tuned[0]["op"]] = {
-                row["shape_class"]: {
-                    "config": row["config"],
-                    "median_seconds": row["median_seconds"],
-                }
-                for row in tuned
-            }
+        tuned = _entries(outcome, "tuned", "shape_class", "config")
+        fastest = _entries(outcome, "fastest", "size_class", "backend")
+        if outcome.status == "passed":
+            configurations |= tuned
+            backends |= fastest
+        elif outcome.status == "cut off" and not _has_failed(outcome):
+            for op, classes in fastest.items():
+                backends[op] = {**backends.get(op, {}), **classes}
     return {
         "gpu": device["name"],
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "driver": device["description"].get("driver"),
         "versions": device["versions"],
-        "configurations": found,
+        "configurations": configurations,
+        "backends": backends,
     }
+
+
+def _has_failed(outcome: Outcome) -> bool:
+    return any(row.get("status") == "failed" for row in outcome.rows)
+
+
+def _entries(outcome: Outcome, kind: str, of_class: str, chosen: str) -> dict[str, Any]:
+    """Return what a step chose, by op and class."""
+    found: dict[str, Any] = {}
+    for row in outcome.rows:
+        if row["kind"] == kind:
+            entry = {name: row[name] for name in (chosen, "median_seconds")}
+            found.setdefault(row["op"], {})[row[of_class]] = entry
+    return found
 
 
 def main() -> int:
@@ -80,10 +133,11 @@ def main() -> int:
     parser.add_argument("--ops", type=lambda text: text.split(","), help="a,b,c (default: all)")
     parser.add_argument("--folder", type=Path, help="where to write the file")
     options = parser.parse_args()
-    ops = options.ops or tunable_ops()
-    unknown = sorted(set(ops) - set(tunable_ops()))
+    known = [*tunable_ops(), *measured_ops()]
+    ops = options.ops or known
+    unknown = sorted(set(ops) - set(known))
     if unknown:
-        parser.error(f"nothing to tune in {unknown[0]!r}; choose from {', '.join(tunable_ops())}")
+        parser.error(f"nothing to tune in {unknown[0]!r}; choose from {', '.join(known)}")
     python = sys.executable
     if options.device == "cuda":
         found, reason = interpreter.choose(interpreter.candidates(options.venv, python))
@@ -108,14 +162,16 @@ def main() -> int:
     content = content_of(outcomes, before)
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for op, classes in content["configurations"].items():
-        for shape_class, entry in classes.items():
-            times = ", ".join(
-                f"{config} {1e6 * value:.0f} µs"
-                for config, value in entry["median_seconds"].items()
-            )
-            print(f"{op}, {shape_class}: {entry['config']} ({times})")
-    failed = [outcome for outcome in outcomes if outcome.status != "passed"]
+    for section, key in (("configurations", "config"), ("backends", "backend")):
+        for op, classes in content[section].items():
+            for of_class, entry in classes.items():
+                times = ", ".join(
+                    f"{name} {1e6 * value:.0f} µs"
+                    for name, value in entry["median_seconds"].items()
+                )
+                print(f"{op}, {of_class}: {entry[key]} ({times})")
+    # Without nvcc there is no CUDA form to measure, and torch stays the choice.
+    failed = [outcome for outcome in outcomes if outcome.status not in ("passed", "not available")]
     for outcome in failed:
         print(f"failed: {describe(outcome)}")
     print(f"wrote {path}")

@@ -11,18 +11,26 @@ import torch
 from torch import Tensor
 
 from pyeditfast import reference
-from pyeditfast.backends import Candidate, always, choose, refusing
+from pyeditfast.backends import Candidate, always, choose, limiting, refusing
 from pyeditfast.errors import NonFiniteError, NotPositiveDefiniteError
 from pyeditfast.ops.checks import check_rows, check_same_device, check_square
 from pyeditfast.ops.cholesky_on_cuda import solve_on_cuda
+from pyeditfast.ops.cholesky_size_class import size_class
 from pyeditfast.ops.compiled import cuda_candidate
+from pyeditfast.ops.measured_backend import not_measured_faster
 
 logger = logging.getLogger(__name__)
 
-CANDIDATES = (
+_IMPLEMENTATIONS = (
     cuda_candidate("cholesky_solve"),
     Candidate("torch", always),
     Candidate("reference", always),
+)
+
+CANDIDATES = limiting(
+    _IMPLEMENTATIONS,
+    "cuda",
+    lambda device: "it is taken at the sizes for which `make tune` measured it to be faster",
 )
 
 JITTERS = (1e-12, 1e-10, 1e-8)
@@ -87,7 +95,10 @@ def _candidates(gram: Tensor, rhs: Tensor, overwrite_gram: bool) -> Sequence[Can
         return refusing(CANDIDATES, "cuda", "a matrix is overwritten by torch's solver")
     if torch.is_grad_enabled() and (gram.requires_grad or rhs.requires_grad):
         return refusing(CANDIDATES, "cuda", "the CUDA form has no backward pass")
-    return CANDIDATES
+    n, columns = rhs.shape[-2:]
+    size = size_class(gram.shape[:-2].numel(), n, columns, gram.dtype)
+    measured = functools.partial(not_measured_faster, "cholesky_solve", "cuda", size, "torch")
+    return limiting(_IMPLEMENTATIONS, "cuda", measured, f"measured to be faster for {size}")
 
 
 def factor_(gram: Tensor) -> int:

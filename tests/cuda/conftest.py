@@ -17,6 +17,8 @@ import torch
 from pyeditfast import backend
 from pyeditfast.ops import compiled
 
+# For bench.gpu.
+sys.path.append(str(Path(__file__).parents[2]))
 # Inputs and bounds that the Triton kernels' tests use too; they need triton.
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
 if importlib.util.find_spec("triton") is None:

@@ -63,6 +63,22 @@ def test_tuning(tmp_path, interpreter):
 
 
 @pytest.mark.slow
+def test_backends_that_do_not_run_here_are_no_failure(tmp_path):
+    options = ["--device", "cpu", "--size", "tiny", "--ops", "cholesky_solve"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "bench.gpu.tune", *options, "--folder", tmp_path],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-1000:]
+    assert "backends of cholesky_solve: not available" in ran.stdout
+    assert "only torch runs here (cuda: the CUDA form runs on CUDA devices" in ran.stdout
+    content = json.loads((tmp_path / "cpu.json").read_text())
+    assert content["backends"] == content["configurations"] == {}
+
+
+@pytest.mark.slow
 def test_the_editors(tmp_path, environment):
     options = ("--device", "cpu", "--size", "tiny")
     step = Step("editors", ("-m", "bench.gpu.editors", *options), 200.0)

@@ -13,9 +13,10 @@ import torch
 pytest.importorskip("triton")
 
 from bench.gpu.candidates import best
+from bench.gpu.fastest_backend import size_classes
 from bench.gpu.process import Outcome
-from bench.gpu.tune import content_of, tunable_ops
-from pyeditfast_kernels import apply_shift, covariance, edit_values, gram, tuned
+from bench.gpu.tune import content_of, measured_ops, phases, tunable_ops
+from pyeditfast_kernels import apply_shift, covariance, edit_values, gram, tuned_files
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -24,30 +25,20 @@ CUDA = torch.device("cuda", 0)
 BF16 = torch.bfloat16
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Let this machine have a GPU, and its configurations be in a folder of this test."""
-    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
-    monkeypatch.setattr(tuned, "_gpu_name", lambda index: GPU)
-    tuned.read_configurations.cache_clear()
-    yield tmp_path
-    tuned.read_configurations.cache_clear()
-
-
-def write(folder: Path, configurations: object, gpu: str = GPU) -> Path:
-    path = folder / "nvidia-test-1.json"
+def write(tuned_folder: Path, configurations: object, gpu: str = GPU) -> Path:
+    path = tuned_folder / "nvidia-test-1.json"
     path.write_text(json.dumps({"gpu": gpu, "configurations": configurations}))
     return path
 
 
-def test_without_a_file_the_defaults_are_taken(folder):
+def test_without_a_file_the_defaults_are_taken(tuned_folder):
     assert gram.choose_config(400, BF16, True, CUDA) is gram.SMALL
     assert covariance.choose_config(4096, BF16, True, CUDA) is covariance.LARGE
     assert apply_shift.choose_config(BF16, True, BF16, "nearest", CUDA) is apply_shift.SQUARE
 
 
-def test_the_tuned_one_is_taken_for_its_class_alone(folder):
-    write(folder, {"gram": {"bfloat16, few rows": {"config": "64 × 64, 128 deep"}}})
+def test_the_tuned_one_is_taken_for_its_class_alone(tuned_folder):
+    write(tuned_folder, {"gram": {"bfloat16, few rows": {"config": "64 × 64, 128 deep"}}})
     assert gram.choose_config(400, BF16, True, CUDA) is gram.DEEP
     assert gram.choose_config(400, BF16, True) is gram.SMALL
     assert gram.choose_config(400, BF16, True, torch.device("meta")) is gram.SMALL
@@ -59,9 +50,9 @@ def test_the_tuned_one_is_taken_for_its_class_alone(folder):
     assert covariance.choose_config(4096, BF16, True, CUDA) is covariance.LARGE
 
 
-def test_every_launcher_asks(folder):
+def test_every_launcher_asks(tuned_folder):
     write(
-        folder,
+        tuned_folder,
         {
             "gram": {"float32, many rows": {"config": "64 × 64, 32 deep, 8 warps"}},
             "covariance": {"bfloat16, many features": {"config": "64 × 64"}},
@@ -79,12 +70,14 @@ def test_every_launcher_asks(folder):
         assert chosen is apply_shift.NARROW
 
 
-def test_a_launch_on_meta_tensors_takes_the_default(folder):
+def test_a_launch_on_meta_tensors_takes_the_default(tuned_folder):
     """What is compiled ahead of time must not depend on the machine that compiles."""
     from pyeditfast_kernels.launch import recording
 
     few = {"bfloat16, few rows": {"config": "one row, 4 warps"}}
-    write(folder, {"edit_values": few, "running_moments": {"bfloat16": {"config": "nonsense"}}})
+    write(
+        tuned_folder, {"edit_values": few, "running_moments": {"bfloat16": {"config": "nonsense"}}}
+    )
     rows = torch.empty(4, 48, dtype=BF16, device="meta")
     moments = torch.empty(96, device="meta")
     with recording() as launches:
@@ -92,8 +85,8 @@ def test_a_launch_on_meta_tensors_takes_the_default(folder):
     assert launches[0].config is edit_values.ONE_ROW
 
 
-def test_the_file_is_read_once(folder):
-    path = write(folder, {"gram": {"bfloat16, few rows": {"config": "128 × 128"}}})
+def test_the_file_is_read_once(tuned_folder):
+    path = write(tuned_folder, {"gram": {"bfloat16, few rows": {"config": "128 × 128"}}})
     assert gram.choose_config(1, BF16, True, CUDA) is gram.LARGE
     path.write_text("garbage")
     assert gram.choose_config(1, BF16, True, CUDA) is gram.LARGE
@@ -115,14 +108,22 @@ FEW = "bfloat16, few rows"
             "gram, 'x' has no name under \"config\"",
         ),
         (
+            '{"gpu": "NVIDIA Test 1", "configurations": {}, "backends": []}',
+            "'backends' is [], not an object",
+        ),
+        (
+            json.dumps({"gpu": GPU, "configurations": {}, "backends": {"op": {"x": {}}}}),
+            "op, 'x' has no name under \"backend\"",
+        ),
+        (
             json.dumps({"gpu": GPU, "configurations": {"gram": {FEW: {"config": "7 × 7"}}}}),
             "names the configuration '7 × 7' for gram, 'bfloat16, few rows'; there are '64 × 64', "
             "'64 × 64, 128 deep', '128 × 128' (run `make tune` again, or delete the file)",
         ),
     ],
 )
-def test_a_malformed_file_is_a_clear_error(folder, text, reason):
-    path = folder / "nvidia-test-1.json"
+def test_a_malformed_file_is_a_clear_error(tuned_folder, text, reason):
+    path = tuned_folder / "nvidia-test-1.json"
     path.write_text(text)
     with pytest.raises(ValueError) as caught:
         gram.choose_config(400, BF16, True, CUDA)
@@ -138,22 +139,31 @@ def test_importing_reads_nothing():
         "    assert 'tuned_configs' not in str(self), self\n"
         "    return read(self, *a, **k)\n"
         "pathlib.Path.read_text = fail\n"
-        "import pyeditfast_kernels.gram, pyeditfast_kernels.tuned as tuned\n"
-        "assert tuned.read_configurations.cache_info().currsize == 0\n"
+        "import pyeditfast_kernels.gram, pyeditfast.ops\n"
+        "from pyeditfast_kernels import tuned_files\n"
+        "assert tuned_files.read_tuned_file.cache_info().currsize == 0\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-@pytest.mark.parametrize("path", sorted(tuned.FOLDER.glob("*.json")), ids=lambda path: path.name)
+IN_THE_CHECKOUT = sorted(tuned_files.FOLDER.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", IN_THE_CHECKOUT, ids=lambda path: path.name)
 def test_every_file_in_the_checkout_can_be_used(path):
     """Passes over no file: there is none before a GPU has been tuned for."""
     import importlib
 
     content = json.loads(path.read_text())
-    assert tuned.path_of(content["gpu"]) == path
-    for (op, shape_class), name in tuned.read_configurations(content["gpu"]).items():
+    assert tuned_files.path_of(content["gpu"]) == path
+    found = tuned_files.read_tuned_file(content["gpu"])
+    for (op, shape_class), name in found.configurations.items():
         candidates = importlib.import_module(f"pyeditfast_kernels.{op}").CANDIDATES
         assert name in [config.name for config in candidates[shape_class]]
+    for (op, size_class), name in found.backends.items():
+        assert size_class in [case.name for case in size_classes(op, "full")]
+        candidates = importlib.import_module(f"pyeditfast.ops.{op}").CANDIDATES
+        assert name in [candidate.backend for candidate in candidates]
 
 
 # Tuning.
@@ -166,7 +176,7 @@ def test_every_kernel_that_can_be_tuned_is():
 
 
 @pytest.mark.parametrize("op", ["apply_shift", "covariance", "edit_values", "gram"])
-def test_choices_are_those_that_the_launcher_makes(op, folder):
+def test_choices_are_those_that_the_launcher_makes(op, tuned_folder):
     import importlib
 
     module = importlib.import_module(f"pyeditfast_kernels.{op}")
@@ -268,3 +278,70 @@ def test_an_op_that_failed_keeps_what_was_known(device_row):
         assert content["configurations"]["gram"]["x"]["config"] == "new"
         entry = content["configurations"].get("covariance", {"x": {"config": None}})
         assert entry["x"]["config"] == kept
+
+
+def fastest(size_class: str, backend: str, op: str = "cholesky_solve") -> dict[str, object]:
+    return {
+        "kind": "fastest",
+        "op": op,
+        "size_class": size_class,
+        "backend": backend,
+        "median_seconds": {backend: 1.0},
+    }
+
+
+FAILED = {"kind": "check", "status": "failed"}
+
+
+@pytest.mark.parametrize(
+    ("status", "rows", "kept"),
+    [
+        ("passed", [fastest("x", "cuda")], {"x": "cuda"}),
+        ("cut off", [fastest("x", "cuda")], {"x": "cuda", "y": "torch"}),
+        ("cut off", [fastest("x", "cuda"), FAILED], {"x": "torch", "y": "torch"}),
+        ("failed", [fastest("x", "cuda"), FAILED], {"x": "torch", "y": "torch"}),
+        ("not available", [], {"x": "torch", "y": "torch"}),
+    ],
+)
+def test_what_is_kept_of_a_step_that_measures_backends(device_row, status, rows, kept):
+    outcomes = [
+        Outcome("device", "passed", 1.0, "", [device_row]),
+        Outcome("backends of cholesky_solve", status, 1.0, "", rows),
+    ]
+    old = {name: {"backend": "torch"} for name in ("x", "y")}
+    before = {
+        "gpu": GPU,
+        "configurations": {"gram": {"x": {"config": "old"}}},
+        "backends": {"cholesky_solve": old, "other": old},
+    }
+    content = content_of(outcomes, before)
+    found = content["backends"]["cholesky_solve"]
+    assert {name: entry["backend"] for name, entry in found.items()} == kept
+    assert content["backends"]["other"] == old
+    assert content["configurations"] == before["configurations"]
+
+
+def test_the_compiled_module_is_built_before_its_backends_are_measured():
+    assert measured_ops() == ["cholesky_solve"]
+    names = [
+        [step.name for step in phase.steps]
+        for phase in phases(["gram", "cholesky_solve"], "cuda", "full")
+    ]
+    assert names == [["device"], ["build csrc"], ["tune gram", "backends of cholesky_solve"]]
+    assert [phase.name for phase in phases(["gram"], "cuda", "full")] == ["look", "tune"]
+
+
+def test_every_class_of_sizes_is_measured_once():
+    from pyeditfast.ops.cholesky_size_class import LARGEST_ITEMS, LARGEST_ROWS, size_class
+
+    items = [*LARGEST_ITEMS, LARGEST_ITEMS[-1] + 1]
+    classes = {
+        size_class(number, n, 4096, dtype)
+        for number in items
+        for n in LARGEST_ROWS
+        for dtype in (torch.float32, torch.float64)
+    }
+    found = size_classes("cholesky_solve", "full")
+    assert len(found) == len(classes) == 56 and {case.name for case in found} == classes
+    # Where a class does not fit the memory it is left out; on 24 GB none should be.
+    assert max(case.memory for case in found) < 0.9 * 24e9

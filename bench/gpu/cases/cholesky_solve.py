@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from bench.gpu.case import Case, Inputs, Outputs, normal
@@ -93,3 +95,35 @@ def cases(size: str) -> list[Case]:
         case(2, 397, 14336),
         case(2, 397, 4097, "fp64"),
     ]
+
+
+ITEMS = (1, 2, 8, 18)
+"""The numbers of systems that stand for the classes; 18 modules are edited in Llama-3-8B."""
+
+COLUMNS = 4096
+
+
+def size_classes(size: str) -> list[Case]:
+    """Return a case for each class of sizes that ``make tune`` measures, small ones first.
+
+    In the middle of its class: what holds at the largest n alone, a multiple of every tile, need
+    not hold below.
+    """
+    from pyeditfast.ops.cholesky_size_class import LARGEST_ROWS
+
+    rows = [5] if size == "tiny" else [3 * largest // 4 for largest in LARGEST_ROWS]
+    columns = 3 if size == "tiny" else COLUMNS
+    return [
+        _size_class(items, n, columns, dtype) for n in rows for items in ITEMS for dtype in DTYPES
+    ]
+
+
+def _size_class(items: int, n: int, columns: int, dtype: str) -> Case:
+    from pyeditfast.ops.cholesky_size_class import size_class
+
+    return replace(
+        case(items, n, columns, dtype),
+        name=size_class(items, n, columns, DTYPES[dtype]),
+        # The rows that the matrices are made of, or two copies of these; and copies of the sides.
+        memory=float(DTYPES[dtype].itemsize * items * n * (5 * n + 6 * columns)),
+    )
