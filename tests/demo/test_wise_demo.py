@@ -16,7 +16,7 @@ from pyeditfast.demo.world import WorldSettings
 
 WORLD = WorldSettings(people=4, places=4, companies=4, phrasings=2)
 TINY = TrainingSettings(
-    hidden=48, layers=2, heads=2, intermediate=96, vocabulary=500, passes=8, batch=16, lr=3e-3
+    hidden=96, layers=2, heads=2, intermediate=192, vocabulary=500, passes=20, batch=16, lr=3e-3
 )
 
 
@@ -41,7 +41,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> WiseDemoResult:
 def test_it_edits_and_routes(result: WiseDemoResult) -> None:
     assert (result.report.edits, result.report.rejected) == (5, [])
     assert result.before.efficacy is not None and result.after.efficacy is not None
-    assert result.after.efficacy > result.before.efficacy
+    # A model this small that knows its world: with less of either, edits are luck.
+    assert result.before.efficacy < 0.5 < result.after.efficacy
     assert result.after.routing is not None and result.after.routing.efficacy is not None
     routed = 5 - len(result.report.not_routed)
     assert result.after.routing.efficacy == pytest.approx(routed / 5)
