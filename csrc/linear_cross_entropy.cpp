@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -187,10 +188,10 @@ public:
           x_(count_of(head.width, problem_.lanes)),
           target_logits_(count_of(1, problem_.lanes)),
           statistics_(count_of(part_count(), 2 * problem_.lanes)),
-          sums_(count_of(part_count(), rows * head.width)) {
+          sums_(new float[count_of(part_count(), rows * head.width)]) {
         for (std::int64_t number = 0; number < part_count(); ++number) {
             float* largest = statistics_.data() + number * 2 * problem_.lanes;
-            float* sums = sums_.data() + number * rows * head.width;
+            float* sums = sums_.get() + number * rows * head.width;
             parts_[static_cast<std::size_t>(number)] = {largest, largest + problem_.lanes, sums};
         }
     }
@@ -265,7 +266,8 @@ private:
     std::vector<float> x_;
     std::vector<float> target_logits_;
     std::vector<float> statistics_;
-    std::vector<float> sums_;
+    // Each part clears its own.
+    std::unique_ptr<float[]> sums_;
     std::vector<float> buffers_;
 };
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pyeditfast.errors import UnsupportedWeightError
+from pyeditfast.model.packing import PackedLayout
 from pyeditfast.model.runner import Batch, ModelRunner
 
 
@@ -43,6 +44,7 @@ class SuffixReplay:
         self._block_input: Tensor
         self._shape: torch.Size
         self.inputs = self._record()
+        self.batch = _reading_answers(batch, self._path.last_attention)
 
     @property
     def tokens(self) -> int:
@@ -100,15 +102,15 @@ class SuffixReplay:
     def giving(self, output: Tensor) -> Iterator[None]:
         """Let the model run the pass from the module on, which gives ``output``."""
         given = output.view(*self._shape[:-1], output.shape[-1])
-        with contextlib.ExitStack() as replaced:
-            for block, form in self._before.items():
-                replaced.enter_context(_forward(block, _handing_on(form)))
-            replaced.enter_context(_forward(self._path.block, self._entering_block()))
-            for part, outputs in self._recorded.items():
-                replaced.enter_context(_forward(part, _again(part, outputs)))
-            replaced.enter_context(_forward(self._path.module, lambda entered: given))
-            for part in self._path.last:
-                replaced.enter_context(_forward(part, self._only_at_answers(part)))
+        path = self._path
+        forwards = {
+            **{block: _handing_on(form) for block, form in self._before.items()},
+            path.block: self._entering_block(),
+            **{part: _again(part, outputs) for part, outputs in self._recorded.items()},
+            path.module: lambda entered: given,
+            **{part: self._only_at_answers(part) for part in path.last},
+        }
+        with _computing(forwards):
             yield
 
     def _entering_block(self) -> Callable[..., Any]:
@@ -143,17 +145,16 @@ def module_inputs(runner: ModelRunner, module_name: str, batch: Batch) -> Tensor
     return SuffixReplay(runner, module_name, batch).inputs
 
 
-QUERY_AND_OUTPUT = ("q_proj", "o_proj", "out_proj")
-"""Attention's linear layers that keys and values do not pass through. A query of 0 elsewhere is
-attended with like any other, and what comes of it is not read.
-"""
+QUERY, OUTPUT = ("q_proj",), ("o_proj", "out_proj")
+"""Attention's linear layers that keys and values do not pass through."""
 
 
 @dataclass(frozen=True)
 class _Path:
     """Where a module lies: its ``block``, the blocks ``before`` it, and the parts ``beside`` the
     module in its block. ``last``: the parts of the model's last block that work on each position by
-    itself and whose output at other positions nothing reads.
+    itself and whose output is read at answer positions alone; ``last_attention``: the attention
+    modules of which the same holds, though they do not.
     """
 
     module: nn.Module
@@ -161,6 +162,7 @@ class _Path:
     before: list[nn.Module]
     beside: list[nn.Module]
     last: list[nn.Module]
+    last_attention: list[nn.Module]
 
 
 def _path(model: PreTrainedModel, name: str) -> _Path:
@@ -179,34 +181,51 @@ def _path(model: PreTrainedModel, name: str) -> _Path:
     for depth in range(place + 1, len(parts)):
         parent = model.get_submodule(".".join(parts[:depth]))
         beside += [child for label, child in parent.named_children() if label != parts[depth]]
-    last = [] if number == len(blocks) - 1 else _read_at_answers(blocks[-1])
-    return _Path(model.get_submodule(name), blocks[number], blocks[:number], beside, last)
+    last, attention = ([], []) if number == len(blocks) - 1 else _read_at_answers(blocks[-1])
+    module = model.get_submodule(name)
+    return _Path(module, blocks[number], blocks[:number], beside, last, attention)
 
 
-def _read_at_answers(block: nn.Module) -> list[nn.Module]:
-    """Return the parts of the last block that only answer positions need: its feed-forward part if
-    that is one module, and what the attention makes queries and its output with.
+def _read_at_answers(block: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Return what only answer positions need of the last block: its feed-forward part if that is
+    one module and what attention makes queries and its output with; and the attention modules.
     """
-    named = dict(block.named_modules())
-    parts = [part for name, part in named.items() if name.rpartition(".")[2] in QUERY_AND_OUTPUT]
-    feed_forward = getattr(block, "mlp", None)
-    if isinstance(feed_forward, nn.Module):
-        parts.append(feed_forward)
-    return [part for part in parts if len(inspect.signature(part.forward).parameters) == 1]
+    parts, attention = [], []
+    for parent in block.modules():
+        for name, part in parent.named_children():
+            feeds_forward = parent is block and name == "mlp"
+            if not (feeds_forward or name in QUERY + OUTPUT):
+                continue
+            if len(inspect.signature(part.forward).parameters) == 1:
+                parts.append(part)
+                attention += [parent] * (name in OUTPUT)
+    return parts, attention
+
+
+def _reading_answers(batch: Batch, attention: list[nn.Module]) -> Batch:
+    """Return a packed ``batch`` whose ``attention`` modules answer at its answer slots alone."""
+    layout = batch.inputs.get("packed_layout")
+    if layout is None or not attention:
+        return batch
+    read = {module: batch.answer_slots for module in attention}
+    layout = PackedLayout(layout.lengths, read)
+    return replace(batch, inputs={**batch.inputs, "packed_layout": layout})
 
 
 @contextlib.contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let ``module`` compute ``forward`` inside a ``with`` block."""
-    own = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
+def _computing(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let each module compute its function of ``forwards`` inside a ``with`` block."""
+    own = {module: module.__dict__.get("forward") for module in forwards}
     try:
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
         yield
     finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own
+        for module, before in own.items():
+            if before is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = before
 
 
 def _handing_on(recorded: Any) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from pyeditfast.model.packing import (
     ATTENTION_NAME,
     PackedLayout,
     attention_configs,
+    packed_attention,
     packed_attention_enabled,
 )
 from pyeditfast.model.passes import cut_passes, longest_first
@@ -271,3 +272,30 @@ def test_modules_that_see_only_some_tokens_are_refused():
     runner = ModelRunner(model, tokens_per_pass=100)
     with pytest.raises(UnsupportedWeightError, match="lm_head saw 3 of 9 tokens"):
         turn_gradients(runner, modules, longest_first(sequences([6, 3])), PhaseClock())
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_that_is_read_at_some_slots(kv_heads):
+    lengths, slots = [5, 1, 7, 3], torch.tensor([0, 3, 4, 6, 12, 13])
+    module = torch.nn.Identity()
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, 16, 8, generator=generator, dtype=torch.float64)
+        for heads in (4, kv_heads, kv_heads)
+    )
+    for tensor in (query, key, value):
+        tensor.requires_grad_()
+    weights = torch.zeros(1, 16, 4, 8, dtype=torch.float64)
+    weights[0, slots] = torch.randn(6, 4, 8, generator=generator, dtype=torch.float64)
+    results = []
+    for layout in (PackedLayout(lengths), PackedLayout(lengths, {module: slots})):
+        attended, _ = packed_attention(module, query, key, value, None, packed_layout=layout)
+        grads = torch.autograd.grad((attended * weights).sum(), (query, key, value))
+        results.append((attended[0, slots], *grads))
+    for found, expected in zip(*results[::-1], strict=True):
+        torch.testing.assert_close(found, expected)
+    unread = [slot for slot in range(16) if slot not in slots.tolist()]
+    assert (attended[0, unread] == 0).all()
+    # Other modules attend everywhere.
+    other, _ = packed_attention(torch.nn.Identity(), query, key, value, None, packed_layout=layout)
+    assert (other[0, unread] != 0).any(-1).all()

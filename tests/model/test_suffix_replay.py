@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from pyeditfast.editors.presets import default_modules
 from pyeditfast.errors import UnsupportedWeightError
+from pyeditfast.model import packing
 from pyeditfast.model.capture import frozen
 from pyeditfast.model.query_batch import Query, query_batch
 from pyeditfast.model.runner import ModelRunner
@@ -136,6 +137,27 @@ def test_what_the_last_block_needs_at_answer_positions_runs_there_alone(name):
     rows.clear()
     logits_of(replay, torch.zeros(replay.tokens, 32))
     assert rows == [5]
+
+
+def test_the_last_attention_answers_at_answer_positions_alone(monkeypatch):
+    queries = []
+    own = packing.scaled_dot_product_attention
+    monkeypatch.setattr(
+        packing,
+        "scaled_dot_product_attention",
+        lambda query, *others, **options: (
+            queries.append(query.shape[2]),
+            own(query, *others, **options),
+        )[1],
+    )
+    model = tiny_model("llama", layers=4)
+    runner = ModelRunner(model, packing=True)
+    replay = SuffixReplay(runner, "model.layers.1.mlp.down_proj", batch_for(runner))
+    queries.clear()
+    logits_of(replay, torch.zeros(replay.tokens, 32))
+    longest = max(len(query) for query in QUERIES)
+    answers = max(len(query.targets) for query in QUERIES)
+    assert queries == [longest, answers]
 
 
 def test_leaves_no_trace_on_the_model():
