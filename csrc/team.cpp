@@ -6,6 +6,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
 namespace {
 
 std::atomic<pyeditfast::StartTeam> shared{nullptr};
@@ -38,7 +42,14 @@ void run_own_threads(Team& team) {
 
 }  // namespace
 
-void pyeditfast::share_threads(StartTeam start) { shared = start; }
+void pyeditfast::share_threads(StartTeam start) {
+#if defined(__unix__) || defined(__APPLE__)
+    // A forked process has no threads but still the runtime that waits for them.
+    static const int registered = pthread_atfork(nullptr, nullptr, [] { shared = nullptr; });
+    if (registered != 0) return;
+#endif
+    shared = start;
+}
 
 void pyeditfast::run_team(int workers, int threads, void (*work)(const void* context, int worker),
                           const void* context) {

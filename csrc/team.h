@@ -11,7 +11,8 @@ namespace pyeditfast {
 // What GCC's OpenMP calls to run body(data) on `threads` threads, the caller's among them.
 using StartTeam = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
-// Takes the threads of an OpenMP runtime from now on; null: new ones for each call, as at first.
+// Takes the threads of an OpenMP runtime from now on, but not in processes forked later; null: new
+// ones for each call, as at first.
 void share_threads(StartTeam start);
 
 // Calls work(context, worker) once for each worker in [0, workers), on up to `threads` threads,

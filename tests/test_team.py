@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
 import sys
 
 import pytest
@@ -70,3 +72,24 @@ def test_little_work_wakes_nobody(share):
     out = torch.empty(7, dtype=torch.bool)
     extension.random_mask(out=out.data_ptr(), numel=7, seed=3, ratio=0.2, offset=0, threads=4)
     assert torch.equal(out, reference.random_mask(3, 0.2, (7,)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_has_threads_of_its_own():
+    program = """
+import os, signal, torch
+from pyeditfast.ops import random_mask
+torch.set_num_threads(2)
+torch.zeros(4_000_000).add_(1)
+def drawn():
+    return random_mask(3, 0.2, (1031, 517)).numpy().tobytes()
+before = drawn()
+process = os.fork()
+if process == 0:
+    # Where it waits for threads that are not there.
+    signal.alarm(60)
+    os._exit(0 if drawn() == before else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+"""
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
