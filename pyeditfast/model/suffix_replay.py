@@ -145,8 +145,10 @@ def module_inputs(runner: ModelRunner, module_name: str, batch: Batch) -> Tensor
     return SuffixReplay(runner, module_name, batch).inputs
 
 
-QUERY, OUTPUT = ("q_proj",), ("o_proj", "out_proj")
-"""Attention's linear layers that keys and values do not pass through."""
+OUTPUT = ("o_proj", "out_proj")
+"""Attention's last linear layer. What makes its queries is no such part: a short convolution behind
+it would read the neighbours.
+"""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class _Path:
     """Where a module lies: its ``block``, the blocks ``before`` it, and the parts ``beside`` the
     module in its block. ``last``: the parts of the model's last block that work on each position by
     itself and whose output is read at answer positions alone; ``last_attention``: the attention
-    modules of which the same holds, though they do not.
+    whose output is too, though it does not.
     """
 
     module: nn.Module
@@ -181,25 +183,23 @@ def _path(model: PreTrainedModel, name: str) -> _Path:
     for depth in range(place + 1, len(parts)):
         parent = model.get_submodule(".".join(parts[:depth]))
         beside += [child for label, child in parent.named_children() if label != parts[depth]]
-    last, attention = ([], []) if number == len(blocks) - 1 else _read_at_answers(blocks[-1])
-    module = model.get_submodule(name)
-    return _Path(module, blocks[number], blocks[:number], beside, last, attention)
+    read = ([], []) if number == len(blocks) - 1 else _read_at_answers(blocks[-1])
+    return _Path(model.get_submodule(name), blocks[number], blocks[:number], beside, *read)
 
 
 def _read_at_answers(block: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Return what only answer positions need of the last block: its feed-forward part if that is
-    one module and what attention makes queries and its output with; and the attention modules.
-    """
-    parts, attention = [], []
-    for parent in block.modules():
-        for name, part in parent.named_children():
-            feeds_forward = parent is block and name == "mlp"
-            if not (feeds_forward or name in QUERY + OUTPUT):
-                continue
-            if len(inspect.signature(part.forward).parameters) == 1:
-                parts.append(part)
-                attention += [parent] * (name in OUTPUT)
-    return parts, attention
+    """Return ``last`` and ``last_attention`` of the last ``block``."""
+
+    def children(parent: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+        found = [part for name, part in parent.named_children() if name in names]
+        return [part for part in found if len(inspect.signature(part.forward).parameters) == 1]
+
+    attention = [parent for parent in block.modules() if children(parent, OUTPUT)]
+    if len(attention) > 1:
+        # One may read what another gives elsewhere.
+        attention = []
+    outputs = [part for parent in attention for part in children(parent, OUTPUT)]
+    return children(block, ("mlp",)) + outputs, attention
 
 
 def _reading_answers(batch: Batch, attention: list[nn.Module]) -> Batch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
@@ -121,7 +123,7 @@ def test_runs_nothing_before_the_module_again():
     ]
 
 
-@pytest.mark.parametrize("name", ["mlp", "self_attn.q_proj", "self_attn.o_proj"])
+@pytest.mark.parametrize("name", ["mlp", "self_attn.o_proj"])
 def test_what_the_last_block_needs_at_answer_positions_runs_there_alone(name):
     model = tiny_model("llama", layers=4)
     runner = ModelRunner(model, packing=True)
@@ -158,6 +160,31 @@ def test_the_last_attention_answers_at_answer_positions_alone(monkeypatch):
     longest = max(len(query) for query in QUERIES)
     answers = max(len(query.targets) for query in QUERIES)
     assert queries == [longest, answers]
+
+
+def test_queries_that_read_their_neighbours():
+    model = tiny_model("llama", layers=4)
+    # As a short convolution behind the projection does.
+    model.model.layers[3].self_attn.q_proj.register_forward_hook(
+        lambda module, inputs, output: output + output.roll(1, dims=1)
+    )
+    runner = ModelRunner(model)
+    batch = batch_for(runner)
+    name = "model.layers.1.mlp.down_proj"
+    with frozen(model), torch.no_grad():
+        replay = SuffixReplay(runner, name, batch)
+        found = logits_of(replay, model.get_submodule(name)(replay.inputs))
+        torch.testing.assert_close(found, runner.answer_logits(batch), rtol=1e-5, atol=1e-5)
+
+
+def test_a_last_block_that_attends_twice():
+    model = tiny_model("llama", layers=4)
+    block = model.model.layers[3]
+    block.second = copy.deepcopy(block.self_attn)
+    runner = ModelRunner(model, packing=True)
+    replay = SuffixReplay(runner, "model.layers.1.mlp.down_proj", batch_for(runner))
+    # What the first gives elsewhere, the second may read.
+    assert replay.batch.inputs["packed_layout"].read == {}
 
 
 def test_leaves_no_trace_on_the_model():
