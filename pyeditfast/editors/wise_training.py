@@ -14,9 +14,10 @@ from torch.nn.functional import linear
 
 from pyeditfast.editors.wise_config import WiseConfig
 from pyeditfast.editors.wise_graph import StepGraphs
+from pyeditfast.model.prefix import module_inputs
 from pyeditfast.model.query_batch import Query, QueryBatch, query_batch
 from pyeditfast.model.runner import ModelRunner
-from pyeditfast.model.suffix_replay import SuffixReplay, module_inputs
+from pyeditfast.model.suffix_replay import SuffixReplay
 from pyeditfast.ops import (
     margin_loss,
     masked_sgd_product_,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyeditfast.model.prefix import module_inputs
 from pyeditfast.model.query_batch import Query, query_batch
 from pyeditfast.model.runner import ModelRunner
-from pyeditfast.model.suffix_replay import module_inputs
 from pyeditfast.ops import activation_gap
 
 QUERIES_A_PASS = 32

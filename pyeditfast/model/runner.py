@@ -82,6 +82,35 @@ def padded_batch(sequences: Sequence[AnswerSequence]) -> Batch:
     return Batch({"input_ids": tokens, "attention_mask": mask}, *_answers(sequences, starts))
 
 
+def seen_by_answers(batch: Batch) -> tuple[Batch, Tensor]:
+    """Return ``batch``, packed or padded, as a packed one of the tokens that causal attention lets
+    an answer position see, each at the position that it had; and their slots ``[n]`` among the
+    flattened tokens of ``batch``.
+    """
+    ids = batch.inputs["input_ids"]
+    slots = torch.arange(ids.numel(), device=ids.device)
+    layout = batch.inputs.get("packed_layout")
+    if layout is None:
+        sequence, position = slots // ids.shape[1], slots % ids.shape[1]
+        real = batch.inputs["attention_mask"].flatten().bool()
+    else:
+        ends = torch.tensor(layout.lengths, device=ids.device).cumsum(0)
+        sequence = torch.bucketize(slots, ends, right=True)
+        position = batch.inputs["position_ids"].flatten()
+        real = torch.ones_like(slots, dtype=torch.bool)
+    last = torch.full_like(slots, -1)
+    last.scatter_reduce_(0, sequence[batch.answer_slots], batch.answer_slots, "amax")
+    seen = (real & (slots <= last[sequence])).nonzero().squeeze(1)
+    inputs = {
+        "input_ids": ids.flatten()[seen].unsqueeze(0),
+        "position_ids": position[seen].unsqueeze(0),
+        "packed_layout": PackedLayout(
+            sequence[seen].unique_consecutive(return_counts=True)[1].tolist()
+        ),
+    }
+    return Batch(inputs, torch.searchsorted(seen, batch.answer_slots), batch.targets), seen
+
+
 def _answers(sequences: Sequence[AnswerSequence], starts: Sequence[int]) -> tuple[Tensor, Tensor]:
     slots = [
         torch.arange(start + sequence.first_answer, start + len(sequence))

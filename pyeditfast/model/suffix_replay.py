@@ -8,88 +8,51 @@ it gave then, so that a forward pass costs what lies behind the module.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from pyeditfast.errors import UnsupportedWeightError
+from pyeditfast.model.module_path import module_path
 from pyeditfast.model.packing import PackedLayout
-from pyeditfast.model.runner import Batch, ModelRunner
-
-
-class _ReachedError(Exception):
-    """The forward pass came to the edited module."""
+from pyeditfast.model.prefix import NotByTokenError, Prefix
+from pyeditfast.model.runner import Batch, ModelRunner, seen_by_answers
 
 
 class SuffixReplay:
     """One pass of sequences up to the input of a module, and what lies behind it for any output.
 
-    ``inputs`` ``[tokens, d_in]`` is what the module reads, in the model's dtype. Raises
-    ``UnsupportedWeightError`` for a module that is not inside a block of the model, or that does
-    not see every token once.
+    ``inputs`` ``[tokens, d_in]`` is what the module reads, pads included, in the model's dtype.
+    Where the model can be packed, only the tokens that an answer sees go on behind the module: no
+    pads, and no last target token. Raises ``UnsupportedWeightError`` for a module that is not
+    inside a block of the model, or that does not see every token once.
     """
 
     def __init__(self, runner: ModelRunner, module_name: str, batch: Batch) -> None:
         self.runner = runner
-        self.batch = batch
-        self._path = _path(runner.model, module_name)
-        self._name = module_name
-        self._recorded: dict[nn.Module, list[Any]] = {}
-        self._before: dict[nn.Module, Any] = {}
-        self._block_input: Tensor
-        self._shape: torch.Size
-        self.inputs = self._record()
-        self.batch = _reading_answers(batch, self._path.last_attention)
+        self._path = module_path(runner.model, module_name)
+        prefix = Prefix.of(runner, self._path, batch)
+        self.inputs = prefix.inputs
+        self._slots: Tensor | None = None
+        self._prefix, self.batch = prefix, batch
+        self._drop_unseen()
+        self.batch = _reading_answers(self.batch, self._path.last_attention)
 
     @property
     def tokens(self) -> int:
-        """Return the number of tokens of the pass, pads included."""
-        return int(self.batch.inputs["input_ids"].numel())
+        """Return the number of tokens that the module reads, pads included."""
+        return len(self.inputs)
 
-    def _record(self) -> Tensor:
-        """Run the pass up to the module and keep what ran before it in its block."""
-        captured: list[Tensor] = []
-
-        def reached(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            captured.append(inputs[0].detach())
-            raise _ReachedError
-
-        def block_entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._block_input = (args[0] if args else kwargs["hidden_states"]).detach()
-
-        def keep(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            self._recorded.setdefault(module, []).append(_detached(output))
-
-        def keep_form(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            form = (None, *output[1:]) if isinstance(output, tuple) else None
-            self._before[module] = _detached(form)
-
-        block, module = self._path.block, self._path.module
-        with contextlib.ExitStack() as hooks, torch.no_grad():
-            for handle in (
-                module.register_forward_pre_hook(reached),
-                block.register_forward_pre_hook(block_entered, with_kwargs=True),
-                *(part.register_forward_hook(keep) for part in self._path.beside),
-                *(earlier.register_forward_hook(keep_form) for earlier in self._path.before),
-            ):
-                hooks.callback(handle.remove)
-            with contextlib.suppress(_ReachedError):
-                self.runner.answer_logits(self.batch)
-        if not captured:
-            raise UnsupportedWeightError(f"{self._name} did not run in the model's forward pass")
-        self._shape = captured[0].shape
-        inputs = captured[0].reshape(-1, self._shape[-1])
-        if inputs.shape[0] != self.tokens:
-            raise UnsupportedWeightError(
-                f"{self._name} saw {inputs.shape[0]} of {self.tokens} tokens; "
-                "only modules that see every token can be edited"
-            )
-        return inputs
+    def _drop_unseen(self) -> None:
+        """Go on with the tokens that the answers see alone, where the model can be packed."""
+        shape = self.batch.inputs["input_ids"].shape
+        if "packed_layout" not in self.batch.inputs and not self.runner.packs(shape[1]):
+            return
+        batch, slots = seen_by_answers(self.batch)
+        with contextlib.suppress(NotByTokenError):
+            self._prefix = self._prefix.at(slots, shape)
+            self._slots, self.batch = slots.to(self.inputs.device), batch
 
     def answer_losses(self, output: Tensor) -> Tensor:
         """Return the losses at the answer positions ``[n]``, float32 or wider, if the module gives
@@ -101,12 +64,13 @@ class SuffixReplay:
     @contextlib.contextmanager
     def giving(self, output: Tensor) -> Iterator[None]:
         """Let the model run the pass from the module on, which gives ``output``."""
-        given = output.view(*self._shape[:-1], output.shape[-1])
-        path = self._path
+        read = output if self._slots is None else output.index_select(0, self._slots)
+        given = read.view(*self._prefix.module_input.shape[:-1], output.shape[-1])
+        path, prefix = self._path, self._prefix
         forwards = {
-            **{block: _handing_on(form) for block, form in self._before.items()},
+            **{block: _handing_on(form) for block, form in prefix.before.items()},
             path.block: self._entering_block(),
-            **{part: _again(part, outputs) for part, outputs in self._recorded.items()},
+            **{part: _again(part, outputs) for part, outputs in prefix.beside.items()},
             path.module: lambda entered: given,
             **{part: self._only_at_answers(part) for part in path.last},
         }
@@ -117,7 +81,7 @@ class SuffixReplay:
         original = self._path.block.forward
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return original(self._block_input, *args, **kwargs)
+            return original(self._prefix.block_input, *args, **kwargs)
 
         return forward
 
@@ -138,68 +102,6 @@ class SuffixReplay:
             return (output, *result[1:]) if isinstance(result, tuple) else output
 
         return forward
-
-
-def module_inputs(runner: ModelRunner, module_name: str, batch: Batch) -> Tensor:
-    """Return what a module reads in a pass, ``[tokens, d_in]``; nothing behind it is run."""
-    return SuffixReplay(runner, module_name, batch).inputs
-
-
-OUTPUT = ("o_proj", "out_proj")
-"""Attention's last linear layer. What makes its queries is no such part: a short convolution behind
-it would read the neighbours.
-"""
-
-
-@dataclass(frozen=True)
-class _Path:
-    """Where a module lies: its ``block``, the blocks ``before`` it, and the parts ``beside`` the
-    module in its block. ``last``: the parts of the model's last block that work on each position by
-    itself and whose output is read at answer positions alone; ``last_attention``: the attention
-    whose output is too, though it does not.
-    """
-
-    module: nn.Module
-    block: nn.Module
-    before: list[nn.Module]
-    beside: list[nn.Module]
-    last: list[nn.Module]
-    last_attention: list[nn.Module]
-
-
-def _path(model: PreTrainedModel, name: str) -> _Path:
-    parts = name.split(".")
-    lists = [
-        place
-        for place in range(len(parts))
-        if isinstance(model.get_submodule(".".join(parts[:place])), nn.ModuleList)
-    ]
-    if not lists:
-        raise UnsupportedWeightError(f"{name} is not inside one of the model's blocks")
-    place = lists[0]
-    blocks = list(model.get_submodule(".".join(parts[:place])).children())
-    number = int(parts[place])
-    beside = []
-    for depth in range(place + 1, len(parts)):
-        parent = model.get_submodule(".".join(parts[:depth]))
-        beside += [child for label, child in parent.named_children() if label != parts[depth]]
-    read = ([], []) if number == len(blocks) - 1 else _read_at_answers(blocks[-1])
-    return _Path(model.get_submodule(name), blocks[number], blocks[:number], beside, *read)
-
-
-def _read_at_answers(block: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Return ``last`` and ``last_attention`` of the last ``block``."""
-
-    def children(parent: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
-        found = [part for name, part in parent.named_children() if name in names]
-        return [part for part in found if len(inspect.signature(part.forward).parameters) == 1]
-
-    attention = [parent for parent in block.modules() if children(parent, OUTPUT)]
-    if len(attention) > 1:
-        # One may read what another gives elsewhere.
-        attention = []
-    outputs = [part for parent in attention for part in children(parent, OUTPUT)]
-    return children(block, ("mlp",)) + outputs, attention
 
 
 def _reading_answers(batch: Batch, attention: list[nn.Module]) -> Batch:
@@ -252,11 +154,3 @@ def _again(part: nn.Module, outputs: list[Any]) -> Callable[..., Any]:
         return original(*args, **kwargs)
 
     return forward
-
-
-def _detached(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return output.detach()
-    if isinstance(output, tuple):
-        return tuple(_detached(item) for item in output)
-    return output

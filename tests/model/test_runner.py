@@ -9,7 +9,8 @@ from tiny_models import tiny_model
 from pyeditfast.errors import PassTooLargeError
 from pyeditfast.model.memory import available_memory, default_tokens_per_pass, is_out_of_memory
 from pyeditfast.model.passes import longest_first
-from pyeditfast.model.runner import ModelRunner
+from pyeditfast.model.query_batch import Query, query_batch
+from pyeditfast.model.runner import ModelRunner, seen_by_answers
 from pyeditfast.model.sequences import AnswerSequence
 
 
@@ -73,3 +74,25 @@ def test_defaults_are_within_bounds():
     assert 64 <= default_tokens_per_pass(model, [torch.device("cpu")], 3) <= 16384
     with pytest.raises(ValueError, match="tokens_per_pass is 0"):
         ModelRunner(model, tokens_per_pass=0)
+
+
+@pytest.mark.parametrize(
+    ("layout", "slots", "positions"),
+    [
+        ("packed", [0, 1, 2, 6, 7], [0, 1, 2, 0, 1]),
+        ("right", [0, 1, 2, 8, 9], [0, 1, 2, 0, 1]),
+        # Left pads shift positions.
+        ("left", [0, 1, 2, 9, 10], [0, 1, 2, 1, 2]),
+    ],
+)
+def test_what_the_answers_of_a_pass_see(layout, slots, positions):
+    queries = [Query((5, 6, 7, 8), (7, 8)), Query((4, 3)), Query((9, 2, 1), (1,))]
+    batch = query_batch(queries, layout).batch
+    found, seen = seen_by_answers(batch)
+    assert seen.tolist() == slots
+    assert found.inputs["input_ids"].tolist() == [[5, 6, 7, 9, 2]]
+    assert found.inputs["position_ids"].tolist() == [positions]
+    assert found.inputs["packed_layout"].lengths == [3, 2]
+    # Tokens 6, 7 and 2 come before the targets.
+    assert found.answer_slots.tolist() == [1, 2, 4]
+    assert found.targets.tolist() == [7, 8, 1]

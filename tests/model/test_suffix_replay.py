@@ -13,9 +13,10 @@ from pyeditfast.editors.presets import default_modules
 from pyeditfast.errors import UnsupportedWeightError
 from pyeditfast.model import packing
 from pyeditfast.model.capture import frozen
+from pyeditfast.model.prefix import module_inputs
 from pyeditfast.model.query_batch import Query, query_batch
 from pyeditfast.model.runner import ModelRunner
-from pyeditfast.model.suffix_replay import SuffixReplay, module_inputs
+from pyeditfast.model.suffix_replay import SuffixReplay
 
 QUERIES = [
     Query((3, 4, 5, 6, 7), (6, 7)),
@@ -93,17 +94,54 @@ def test_losses_equal_those_of_the_whole_model(family):
             torch.testing.assert_close(replay.answer_losses(output), expected)
 
 
-def test_left_padded_batches():
-    model = tiny_model("llama", layers=4)
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_left_padded_batches(family, name):
+    model = tiny_model(family, layers=4)
     runner = ModelRunner(model)
     batch = batch_for(runner, "left")
-    name = "model.layers.2.mlp.down_proj"
+    module = model.get_submodule(name)
     with frozen(model), torch.no_grad():
         replay = SuffixReplay(runner, name, batch)
-        output = model.get_submodule(name)(replay.inputs)
-        found, expected = logits_of(replay, output), runner.answer_logits(batch)
+        assert replay.tokens == 18
+        module.weight.mul_(1.1)
+        found, expected = logits_of(replay, module(replay.inputs)), runner.answer_logits(batch)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert replay.tokens == 18
+
+
+@pytest.mark.parametrize("layout", ["packed", "left"])
+def test_only_what_an_answer_sees_goes_on_behind_the_module(layout):
+    model = tiny_model("llama", layers=4)
+    runner = ModelRunner(model, packing=True)
+    name = "model.layers.2.mlp.down_proj"
+    replay = SuffixReplay(runner, name, batch_for(runner, layout))
+    seen = []
+    model.model.layers[3].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    output = torch.randn(replay.tokens, 32)
+    logits = logits_of(replay, output)
+    # 14 tokens, of which the last target of each sequence is seen by nothing.
+    assert seen == [(1, 11, 32)]
+    # Neither these nor pads change anything; what is seen does.
+    unseen = [4, 7, 13] if layout == "packed" else [0, 5, 6, 7, 8, 11, 17]
+    output[unseen] = float("nan")
+    assert torch.equal(logits_of(replay, output), logits)
+    output[next(slot for slot in range(replay.tokens) if slot not in unseen)] += 1.0
+    assert not torch.equal(logits_of(replay, output), logits)
+
+
+def test_a_part_that_does_not_give_a_row_for_each_token():
+    model = tiny_model("llama", layers=4)
+    model.model.layers[2].extra = torch.nn.Identity()
+    model.model.layers[2].register_forward_pre_hook(
+        lambda block, inputs: (block.extra(torch.zeros(3)), None)[1]
+    )
+    runner = ModelRunner(model)
+    name = "model.layers.2.mlp.down_proj"
+    batch = batch_for(runner, "left")
+    with frozen(model), torch.no_grad():
+        replay = SuffixReplay(runner, name, batch)
+        assert replay.batch is batch
+        found = logits_of(replay, model.get_submodule(name)(replay.inputs))
+        torch.testing.assert_close(found, runner.answer_logits(batch), rtol=1e-5, atol=1e-5)
 
 
 def test_runs_nothing_before_the_module_again():
@@ -157,7 +195,8 @@ def test_the_last_attention_answers_at_answer_positions_alone(monkeypatch):
     replay = SuffixReplay(runner, "model.layers.1.mlp.down_proj", batch_for(runner))
     queries.clear()
     logits_of(replay, torch.zeros(replay.tokens, 32))
-    longest = max(len(query) for query in QUERIES)
+    # No answer sees a last target token.
+    longest = max(len(query) for query in QUERIES) - 1
     answers = max(len(query.targets) for query in QUERIES)
     assert queries == [longest, answers]
 
