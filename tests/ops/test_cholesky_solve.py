@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from exact_solution import exact_solution
 from layouts import LAYOUTS, lay_out, random_rows, same_bits
 from tolerances import assert_as_accurate, largest_error
 
@@ -54,7 +55,7 @@ def test_is_as_accurate_as_linalg_solve(dtype, shape):
     rhs = random_rows(*shape, dtype=dtype, seed=1)
     result = cholesky_solve(gram, rhs)
     assert result.shape == rhs.shape
-    exact = reference.cholesky_solve(gram.double(), rhs.double())
+    exact = exact_solution(gram, rhs)
     assert_as_accurate(result, reference.cholesky_solve(gram, rhs), exact, shape[-2])
 
 
@@ -66,7 +67,7 @@ def test_strided_inputs(dtype, layout):
     gram, gram_storage = lay_out(plain_gram, layout)
     rhs, rhs_storage = lay_out(plain_rhs, layout)
     before = gram_storage.clone(), rhs_storage.clone()
-    exact = reference.cholesky_solve(plain_gram.double(), plain_rhs.double())
+    exact = exact_solution(plain_gram, plain_rhs)
     naive = reference.cholesky_solve(plain_gram, plain_rhs)
     assert_as_accurate(cholesky_solve(gram, rhs), naive, exact, 13)
     assert same_bits(gram_storage, before[0]) and same_bits(rhs_storage, before[1])
@@ -75,7 +76,7 @@ def test_strided_inputs(dtype, layout):
 def test_one_expanded_gram_for_many_sides():
     gram = positive_definite(11)
     rhs = random_rows(4, 11, 3, seed=1)
-    exact = reference.cholesky_solve(gram.double().repeat(4, 1, 1), rhs.double())
+    exact = exact_solution(gram.repeat(4, 1, 1), rhs)
     naive = reference.cholesky_solve(gram.repeat(4, 1, 1), rhs)
     assert_as_accurate(cholesky_solve(gram.expand(4, 11, 11), rhs), naive, exact, 11)
 
@@ -106,7 +107,7 @@ def test_only_the_lower_triangle_is_read(dtype):
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_magnitudes_cancel(scale):
     gram, rhs = positive_definite(2, 17), random_rows(2, 17, 4)
-    exact = reference.cholesky_solve((scale * gram).double(), rhs.double())
+    exact = exact_solution(scale * gram, rhs)
     naive = reference.cholesky_solve(scale * gram, rhs)
     assert_as_accurate(cholesky_solve(scale * gram, rhs), naive, exact, 17)
 
