@@ -25,6 +25,7 @@ from pyeditfast.ops import (
     linear_cross_entropy,
     magnitude_threshold,
     masked_sgd_,
+    masked_sgd_product_,
     random_mask,
     ties_merge,
 )
@@ -37,6 +38,7 @@ SMALL = (64, 1000)
 
 ELEMENTS = SHAPE[0] * SHAPE[1]
 RATIO, DENSITY, LR = 0.2, 0.53, 1e-6
+TOKENS = 240
 STEP = {"seed": 5, "ratio": RATIO, "lr": 1.0, "weight_decay": 1e-5, "norm_constraint": 1.0}
 
 HALVES = pytest.mark.parametrize(
@@ -222,6 +224,44 @@ def bench_masked_sgd(benchmark, contender, dtype):
         forms,
         lambda: inputs(SHAPE),
         (4 + 3 * dtype.itemsize) * ELEMENTS,
+        rounds=2 if contender == "torch" else 5,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@contenders("torch, mask stored")
+def bench_masked_sgd_product(benchmark, contender, dtype):
+    def inputs(shape, seed=None):
+        main = numbers(shape, 0.02, dtype, seed)
+        vectors = [numbers((TOKENS, d), 0.03, torch.float32, seed) for d in shape]
+        return main.clone(), *vectors, main
+
+    def run(weight, output_grads, inputs, main):
+        return masked_sgd_product_(weight, output_grads, inputs, main, **STEP)
+
+    def with_stored_mask(weight, output_grads, inputs, main):
+        plain_torch.step_with_stored_mask(
+            *(weight, output_grads.mT @ inputs, main, left_out),
+            *(STEP["weight_decay"], STEP["norm_constraint"]),
+        )
+
+    if contender == "pyeditfast":
+        exact = reference.masked_sgd_product_(*(part.double() for part in inputs(SMALL, 1)), **STEP)
+        error = relative_error(under("cpp", run)(*inputs(SMALL, 1)), exact)
+        benchmark.extra_info["relative_error"] = error
+        assert error <= torch.finfo(dtype).eps
+    left_out = ~random_mask(STEP["seed"], RATIO, SHAPE)
+    measure(
+        benchmark,
+        f"masked step of a product, {TOKENS} tokens, {name_of(dtype)}",
+        contender,
+        {
+            "torch": under("torch", run),
+            "torch, mask stored": with_stored_mask,
+            "pyeditfast": under("cpp", run),
+        },
+        lambda: inputs(SHAPE),
+        3 * dtype.itemsize * ELEMENTS,
         rounds=2 if contender == "torch" else 5,
     )
 

@@ -16,6 +16,7 @@
 #include "linear_cross_entropy.h"
 #include "magnitude_threshold.h"
 #include "masked_sgd.h"
+#include "masked_sgd_product.h"
 #include "philox.h"
 #include "random_mask.h"
 #include "team.h"
@@ -59,6 +60,22 @@ void masked_sgd(const Matrix& weight, const Matrix& grad, const std::optional<Ma
                                      static_cast<float>(weight_decay),
                                      static_cast<float>(norm_constraint), threads, message,
                                      message_size);
+    });
+}
+
+void masked_sgd_product(const Matrix& weight, const Matrix& output_grads, const Matrix& inputs,
+                        const std::optional<Matrix>& main, std::int64_t rows, std::int64_t columns,
+                        std::int64_t tokens, std::uint64_t seed, double ratio, std::int64_t offset,
+                        double lr, double weight_decay, double norm_constraint, int threads) {
+    const pyeditfast_matrix w = as_matrix(weight), g = as_matrix(output_grads);
+    const pyeditfast_matrix x = as_matrix(inputs);
+    const pyeditfast_matrix m = main ? as_matrix(*main) : pyeditfast_matrix{};
+    const pyeditfast_matrix* centre = main ? &m : nullptr;
+    call([&](char* message, std::size_t message_size) {
+        return pyeditfast_masked_sgd_product(
+            &w, &g, &x, centre, rows, columns, tokens, seed, static_cast<float>(ratio), offset,
+            static_cast<float>(lr), static_cast<float>(weight_decay),
+            static_cast<float>(norm_constraint), threads, message, message_size);
     });
 }
 
@@ -213,6 +230,15 @@ PYBIND11_MODULE(_csrc, module) {
                py::arg("offset"), py::arg("lr"), py::arg("weight_decay"),
                py::arg("norm_constraint"), py::arg("threads"),
                "Takes a masked step on the matrix weight, clamped around main unless it is None.");
+    module.def("masked_sgd_product", &masked_sgd_product, py::arg("weight"),
+               py::arg("output_grads"), py::arg("inputs"), py::arg("main"), py::arg("rows"),
+               py::arg("columns"), py::arg("tokens"), py::arg("seed"), py::arg("ratio"),
+               py::arg("offset"), py::arg("lr"), py::arg("weight_decay"),
+               py::arg("norm_constraint"), py::arg("threads"),
+               "The same for the gradient output_grads inputs^T, of which it computes the mask's "
+               "part.");
+    module.def("masked_sgd_product_is_fast", &pyeditfast_masked_sgd_product_is_fast,
+               "Whether masked_sgd_product has vector instructions to run on.");
     module.def("magnitude_threshold", &magnitude_threshold, py::arg("x"), py::arg("base"),
                py::arg("rows"), py::arg("columns"), py::arg("k"), py::arg("threads"),
                "Returns the k-th largest |x - base|; base may be None.");

@@ -16,7 +16,7 @@ extension = load_extension()
 pytestmark = pytest.mark.skipif(extension is None, reason=extension_status())
 
 ELEMENT_TYPES = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}
-ROWS, COLUMNS = 3, 4
+ROWS, COLUMNS, TOKENS = 3, 4, 5
 
 
 def matrix(tensor, **changes):
@@ -37,9 +37,11 @@ class Call:
         shape = (ROWS, COLUMNS)
         self.tensors = {
             name: torch.linspace(-1, 1, ROWS * COLUMNS).reshape(shape).to(dtype).clone()
-            for name in ("weight", "grad", "main", "x", "base", "out", "side", "other")
+            for name in ("weight", "grad", "main", "x", "base", "out", "side", "other", "left")
         }
         self.tensors["side"] *= 2
+        self.tensors["right"] = torch.ones(COLUMNS, TOKENS)
+        self.tensors["left"] = torch.ones(ROWS, TOKENS)
         matrices = {name: matrix(tensor) for name, tensor in self.tensors.items()}
         sizes = {"rows": ROWS, "columns": COLUMNS, "threads": 2}
         self.arguments = {
@@ -47,6 +49,13 @@ class Call:
                 **{name: matrices[name] for name in ("weight", "grad", "main")},
                 **sizes,
                 **{"seed": 5, "ratio": 0.5, "offset": 0},
+                **{"lr": 0.1, "weight_decay": 0.1, "norm_constraint": 1.0},
+            },
+            "masked_sgd_product": {
+                **{name: matrices[name] for name in ("weight", "main")},
+                **{"output_grads": matrices["left"], "inputs": matrices["right"]},
+                **sizes,
+                **{"tokens": TOKENS, "seed": 5, "ratio": 0.5, "offset": 0},
                 **{"lr": 0.1, "weight_decay": 0.1, "norm_constraint": 1.0},
             },
             "magnitude_threshold": {
@@ -77,12 +86,14 @@ class Call:
 
 MATRICES = {
     "masked_sgd": ("weight", "grad", "main"),
+    "masked_sgd_product": ("weight", "main"),
     "magnitude_threshold": ("x", "base"),
     "largest_magnitude": ("x",),
     "ties_merge": ("out", "main"),
 }
 WRITTEN = {
     "masked_sgd": "weight",
+    "masked_sgd_product": "weight",
     "magnitude_threshold": None,
     "largest_magnitude": None,
     "ties_merge": "out",
@@ -176,6 +187,9 @@ def test_bad_sizes(function, changes, message):
         ("masked_sgd", {"offset": 2**63 - 5}, "got offset 9223372036854775803 for 3 x 4"),
         ("masked_sgd", {"norm_constraint": -1.0}, "norm_constraint must be >= 0, got -1"),
         ("masked_sgd", {"norm_constraint": math.nan}, "norm_constraint must be >= 0, got nan"),
+        ("masked_sgd_product", {"ratio": 1.5}, r"ratio must be in \[0, 1\], got 1.5"),
+        ("masked_sgd_product", {"offset": 2**63 - 5}, "got offset 9223372036854775803 for 3 x 4"),
+        ("masked_sgd_product", {"tokens": -1}, "must be >= 0 .*, got 3 and -1"),
         ("magnitude_threshold", {"k": 0}, "k must be from 1 to .*, got 0 for 3 x 4"),
         ("magnitude_threshold", {"k": 13}, "got 13 for 3 x 4"),
         ("magnitude_threshold", {"k": -(2**63)}, "got -9223372036854775808 for 3 x 4"),
@@ -190,6 +204,27 @@ def test_bad_numbers(function, changes, message):
     before = call.values()
     with pytest.raises(ValueError, match=message):
         call(function, **changes)
+    assert call.changed(before) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "count"), [("output_grads", "left", 3), ("inputs", "right", 4)]
+)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"address": 0}, "{name} is a null pointer, but has {count} x 5 elements"),
+        ({"row_stride": -5}, "{name} has strides -5 and 1; 0 or more is needed"),
+        ({"column_stride": 2}, "{name} has element type 0 and column stride 2; 0 .float32. and 1"),
+        ({"type": 1}, "{name} has element type 1 and column stride 1"),
+        ({"type": 7}, "{name} has element type 7; 0 .float32., 1 .bfloat16. or 2 .float16."),
+    ],
+)
+def test_bad_vectors(name, tensor, count, changes, message):
+    call = Call()
+    before = call.values()
+    with pytest.raises(ValueError, match=message.format(name=name, count=count)):
+        call("masked_sgd_product", **{name: matrix(call.tensors[tensor], **changes)})
     assert call.changed(before) == []
 
 
@@ -219,7 +254,10 @@ def test_wrong_types_are_refused(function, value):
     call = Call()
     before = call.values()
     for name in call.arguments[function]:
-        may_be_none = (function, name) in (("masked_sgd", "main"), ("magnitude_threshold", "base"))
+        may_be_none = (function, name) in (
+            *((step, "main") for step in ("masked_sgd", "masked_sgd_product")),
+            ("magnitude_threshold", "base"),
+        )
         is_number = isinstance(value, (int, float)) and name in (
             *("ratio", "lr", "weight_decay", "norm_constraint"),
         )

@@ -21,13 +21,22 @@ from pyeditfast.reference.random_mask import check_arguments
 
 CANDIDATES = (
     triton_candidate("masked_sgd"),
-    cpp_candidate("masked_sgd"),
+    cpp_candidate("masked_sgd_product"),
     Candidate("torch", always),
     Candidate("reference", always),
 )
 
 CHUNK_ELEMENTS = 2 << 20
 """Elements of the weight that are held in float32 at a time: 8 MB, whatever the weight's size."""
+
+MASKED_PART_UP_TO = 1 / 3
+MASKED_PART_FROM_TOKENS = 64
+"""The C++ form computes of a gradient's product the part that the mask lets through, where that is
+no larger a share and there are at least so many tokens: elsewhere the whole product takes less.
+"""
+
+ALIGNED_FLOATS = 16
+"""So many float32 are the 64 bytes that the C++ form loads at a time."""
 
 
 @dataclass(frozen=True)
@@ -105,13 +114,15 @@ def masked_sgd_product_(
     active: Tensor | None = None,
 ) -> Tensor:
     """Take the step of ``masked_sgd_`` for the gradient ``dYᵀ X`` of a linear module, of which no
-    more than a few rows exist at a time.
+    more than a few rows exist at a time, or in C++ with a small ``ratio`` no more than the mask's
+    part.
 
     ``output_grads`` ``[n, d_out]`` is d loss / d output and ``inputs`` ``[n, d_in]`` the module's
     input, both of one dtype. The product is accumulated in float32, never in TF32. Returns
     ``weight``. Raises ``TypeError`` or ``ValueError`` for arguments that do not fit.
 
-    Floor: weight and main read and weight written once; ``2 n d_out d_in`` FLOPs.
+    Floor: weight and main read and weight written once; ``2 n d_out d_in`` FLOPs, of which a CPU
+    can leave out what the mask does, since it computes number by number.
     """
     step = _Step(seed, ratio, lr, weight_decay, norm_constraint)
     _check(weight, main, step, active)
@@ -145,7 +156,10 @@ def masked_sgd_product_(
         output_grads, inputs = output_grads.to(work), inputs.to(work)
         if chosen == "cpp":
             if active is None or active:
-                _compiled_product_step_(weight, output_grads, inputs, main, step)
+                if _mask_is_worth_it(len(inputs), step):
+                    _compiled_masked_product_step_(weight, output_grads, inputs, main, step)
+                else:
+                    _compiled_product_step_(weight, output_grads, inputs, main, step)
                 torch.autograd.graph.increment_version(weight)
             return weight
 
@@ -222,6 +236,44 @@ def _compiled_product_step_(
         else:
             grad = exact_matmul(output_grads[:, rows].mT, inputs)
         _compiled_step_(weight[rows], grad, main[rows], step, rows.start)
+
+
+def _mask_is_worth_it(tokens: int, step: _Step) -> bool:
+    return (
+        step.ratio <= MASKED_PART_UP_TO
+        and tokens >= MASKED_PART_FROM_TOKENS
+        and compiled().masked_sgd_product_is_fast()
+    )
+
+
+def _compiled_masked_product_step_(
+    weight: Tensor, output_grads: Tensor, inputs: Tensor, main: Tensor, step: _Step
+) -> None:
+    bounded = step.norm_constraint is not None
+    output_grads, inputs = _by_feature(output_grads), _by_feature(inputs)
+    compiled().masked_sgd_product(
+        weight=as_matrix(weight),
+        output_grads=as_matrix(output_grads),
+        inputs=as_matrix(inputs),
+        main=as_matrix(main) if bounded else None,
+        rows=weight.shape[0],
+        columns=weight.shape[1],
+        tokens=inputs.shape[1],
+        seed=step.seed,
+        ratio=step.ratio,
+        offset=0,
+        lr=step.lr,
+        weight_decay=step.weight_decay,
+        norm_constraint=step.norm_constraint if bounded else 0.0,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _by_feature(rows: Tensor) -> Tensor:
+    """Return a copy of ``[n, d]`` as ``[d, n]`` whose rows begin at aligned addresses."""
+    tokens, d = rows.shape
+    padded = rows.new_empty(d, math.ceil(tokens / ALIGNED_FLOATS) * ALIGNED_FLOATS)
+    return padded[:, :tokens].copy_(rows.mT)
 
 
 def _step_rows_(

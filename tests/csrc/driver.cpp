@@ -25,6 +25,7 @@
 #include "linear_cross_entropy.h"
 #include "magnitude_threshold.h"
 #include "masked_sgd.h"
+#include "masked_sgd_product.h"
 #include "matrix.h"
 #include "philox_words.h"
 #include "random_mask.h"
@@ -394,6 +395,34 @@ void head_function(std::int64_t rows, std::int64_t width, std::int64_t vocabular
     });
 }
 
+void product_function(std::int64_t rows, std::int64_t columns, std::int64_t tokens, int type,
+                      Layout layout) {
+    const std::string name = "masked_sgd_product " + std::to_string(rows) + " x " +
+                             std::to_string(columns) + " x " + std::to_string(tokens) + " type " +
+                             std::to_string(type) + " layout " + std::to_string(layout);
+    Random random = {7};
+    const auto uniform = [&] { return static_cast<float>(random.next()) / 2147483648.0f - 0.5f; };
+    // Vectors side by side, so that one that is read too far reads the next one, and the last none.
+    std::vector<float> grads(static_cast<std::size_t>(rows * tokens));
+    std::vector<float> inputs(static_cast<std::size_t>(columns * tokens));
+    for (float& number : grads) number = uniform();
+    for (float& number : inputs) number = uniform();
+    const pyeditfast_matrix left = {grads.data(), tokens, 1, kFloat32};
+    const pyeditfast_matrix right = {inputs.data(), tokens, 1, kFloat32};
+    const Matrix main(rows, columns, type, layout, 1);
+    for (const bool clamped : {false, true}) {
+        report(name + (clamped ? " clamped" : ""), [&](int threads) {
+            const Matrix weight(rows, columns, type, layout, 5);
+            require(pyeditfast_masked_sgd_product(weight.get(), &left, &right,
+                                                  clamped ? main.get() : nullptr, rows, columns,
+                                                  tokens, 9, 0.3f, 12345, 0.3f, 0.1f, 0.2f,
+                                                  threads, message, sizeof message),
+                    "masked_sgd_product");
+            return weight.hash();
+        });
+    }
+}
+
 void refusals() {
     const Matrix good(3, 4, kFloat32, kRows, 1);
     const pyeditfast_matrix null = {nullptr, 4, 1, kFloat32};
@@ -456,6 +485,14 @@ int main(int count, char** arguments) {
             element_functions(1029, 67, type, layout);
             row_functions(1, 1, type, layout);
             row_functions(67, 2051, type, layout);
+        }
+    }
+    for (const int type : kTypes) {
+        for (const Layout layout : kLayouts) {
+            product_function(1, 1, 1, type, layout);
+            product_function(67, 131, 0, type, layout);
+            product_function(67, 300, 29, type, layout);
+            product_function(35, 259, 901, type, layout);
         }
     }
     for (const bool biased : {false, true}) {

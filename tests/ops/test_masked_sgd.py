@@ -230,14 +230,20 @@ def test_active_decides_on_the_device(name):
     assert torch.equal(moved, expected)
 
 
+PRODUCT_SHAPES = [(19, 67, 129), (64, 1, 1), (67, 67, 300), (451, 300, 67)]
+"""Tokens, d_out and d_in, few tokens and many: then C++ takes the mask's part of the product."""
+
+
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "inside"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "inside", "every second"])
 @pytest.mark.parametrize("dtype", SIXTEEN_AND_32_BITS)
-def test_product(name, layout, dtype, monkeypatch):
+@pytest.mark.parametrize("shape", PRODUCT_SHAPES)
+def test_product(name, layout, dtype, shape, monkeypatch):
     monkeypatch.setattr(op, "CHUNK_ELEMENTS", 7 * 129)
-    weight, _, main = tensors((67, 129), dtype)
-    output_grads = random_rows(19, 67, seed=8, dtype=dtype)
-    inputs = random_rows(19, 129, seed=9, dtype=dtype)
+    tokens, d_out, d_in = shape
+    weight, _, main = tensors((d_out, d_in), dtype)
+    output_grads = random_rows(tokens, d_out, seed=8, dtype=dtype)
+    inputs = random_rows(tokens, d_in, seed=9, dtype=dtype)
     doubles = (part.double() for part in (weight, output_grads, inputs, main))
     exact = reference.masked_sgd_product_(*doubles, **STEP)
     naive = reference.masked_sgd_product_(weight.clone(), output_grads, inputs, main, **STEP)
@@ -248,21 +254,88 @@ def test_product(name, layout, dtype, monkeypatch):
             view, output_grads, inputs, lay_out(main, layout)[0], **STEP
         )
     assert result is view
-    assert_as_accurate(view.clone(), naive, exact, 19)
+    assert_as_accurate(view.clone(), naive, exact, tokens)
     assert torch.equal(storage.isnan(), around)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_product_equals_the_step_with_its_gradient(name):
+@pytest.mark.parametrize("tokens", [5, 70])
+@pytest.mark.parametrize("ratio", [0.0, 0.2, 1 / 3, 0.5, 1.0])
+def test_product_equals_the_step_with_its_gradient(name, tokens, ratio):
     """On integers, which float32 sums exactly: the blocks of rows take their own part of the
     mask."""
-    weight, _, main = tensors((300, 129), torch.float32)
-    output_grads = random_rows(5, 300, seed=8, scale=3.0).round()
-    inputs = random_rows(5, 129, seed=9, scale=3.0).round()
+    weight, _, main = tensors((300, 290), torch.float32)
+    output_grads = random_rows(tokens, 300, seed=8, scale=3.0).round()
+    inputs = random_rows(tokens, 290, seed=9, scale=3.0).round()
+    step = {**STEP, "ratio": ratio}
     with backend(name):
-        expected = op.masked_sgd_(weight.clone(), output_grads.T @ inputs, main, **STEP)
-        result = op.masked_sgd_product_(weight.clone(), output_grads, inputs, main, **STEP)
+        expected = op.masked_sgd_(weight.clone(), output_grads.T @ inputs, main, **step)
+        result = op.masked_sgd_product_(weight.clone(), output_grads, inputs, main, **step)
     assert same_bits(result, expected)
+
+
+@needs_extension
+def test_which_form_of_the_product_cpp_takes(monkeypatch):
+    taken = []
+    for form in ("_compiled_masked_product_step_", "_compiled_product_step_"):
+        monkeypatch.setattr(op, form, lambda *_, form=form: taken.append(form))
+    weight, _, main = tensors((3, 4), torch.float32)
+
+    def forms(tokens, ratio):
+        taken.clear()
+        with backend("cpp"):
+            op.masked_sgd_product_(
+                weight,
+                torch.ones(tokens, 3),
+                torch.ones(tokens, 4),
+                main,
+                **{**STEP, "ratio": ratio},
+            )
+        return taken
+
+    fast = extension.masked_sgd_product_is_fast()
+    masked = ["_compiled_masked_product_step_" if fast else "_compiled_product_step_"]
+    assert forms(64, 0.2) == masked
+    assert forms(63, 0.2) == ["_compiled_product_step_"]
+    assert forms(64, 0.34) == ["_compiled_product_step_"]
+
+
+@needs_extension
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_thread_counts_give_the_same_bits_of_a_product(layout):
+    weight, main = (lay_out(part, layout)[0] for part in tensors((301, 1023), torch.float32)[::2])
+    output_grads, inputs = random_rows(500, 301, seed=8), random_rows(500, 1023, seed=9)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            with backend("cpp"):
+                step = op.masked_sgd_product_(weight.clone(), output_grads, inputs, main, **STEP)
+            results.append(step)
+    finally:
+        torch.set_num_threads(before)
+    assert all(same_bits(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("tokens", [2, 70])
+def test_product_with_what_is_not_finite(name, tokens):
+    """They reach their row or column, where the mask lets them through, and nothing else."""
+    weight, _, main = tensors((40, 50), torch.float32)
+    output_grads, inputs = torch.ones(tokens, 40), torch.ones(tokens, 50)
+    output_grads[tokens - 1, 3] = torch.inf
+    inputs[0, 7] = torch.nan
+    step = {"seed": 5, "ratio": 0.3, "lr": 1.0}
+    with backend(name):
+        result = op.masked_sgd_product_(weight.clone(), output_grads, inputs, main, **step)
+    mask = random_mask(5, 0.3, weight.shape)
+    columns = torch.zeros_like(mask)
+    columns[:, 7] = True
+    rows = torch.zeros_like(mask)
+    rows[3] = True
+    assert torch.equal(result.isnan(), mask & columns)
+    assert torch.equal(result.isinf(), mask & rows & ~columns)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
