@@ -126,6 +126,7 @@ class SideMemoryTraining:
         self.rows = [group.rows.to(main.device) for group in groups]
         self.masks = [self._counted(group.mask).to(main.device) for group in groups]
         self.main_output = linear(self.inputs, main, bias)
+        self.replay.drop_queries(self.main_output[: self.sizes[0]])
 
     def _layout(self, runner: ModelRunner, queries: Sequence[Query]) -> tuple[str, int | None]:
         longest = max(len(query) for query in queries)

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from pyeditfast.errors import UnsupportedWeightError
 
 OUTPUT = ("o_proj", "out_proj")
-"""Attention's last linear layer. What makes its queries is no such part: a short convolution behind
-it would read the neighbours.
-"""
+"""Attention's last linear layer."""
+
+QUERIES = ("q_proj",)
+"""Attention's linear layer for queries."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class ModulePath:
     """Where the module ``name`` lies: its ``block``, the blocks ``before`` it, and the parts
     ``beside`` it in its block. ``last``: the parts of the model's last block that work on each
     position by itself and whose output is read at answer positions alone; ``last_attention``: the
-    attention whose output is too, though it does not.
+    attention whose output is too, though it does not; ``last_queries``: what makes its queries,
+    which are too unless something like a short convolution comes behind.
     """
 
     name: str
@@ -31,6 +33,7 @@ class ModulePath:
     beside: list[nn.Module]
     last: list[nn.Module]
     last_attention: list[nn.Module]
+    last_queries: list[nn.Module]
 
 
 def module_path(model: PreTrainedModel, name: str) -> ModulePath:
@@ -53,13 +56,15 @@ def module_path(model: PreTrainedModel, name: str) -> ModulePath:
     for depth in range(place + 1, len(parts)):
         parent = model.get_submodule(".".join(parts[:depth]))
         beside += [child for label, child in parent.named_children() if label != parts[depth]]
-    read = ([], []) if number == len(blocks) - 1 else _read_at_answers(blocks[-1])
+    read = ([], [], []) if number == len(blocks) - 1 else _read_at_answers(blocks[-1])
     module = model.get_submodule(name)
     return ModulePath(name, module, blocks[number], blocks[:number], beside, *read)
 
 
-def _read_at_answers(block: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Return ``last`` and ``last_attention`` of the last ``block``."""
+def _read_at_answers(
+    block: nn.Module,
+) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
+    """Return ``last``, ``last_attention`` and ``last_queries`` of the last ``block``."""
 
     def children(parent: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
         found = [part for name, part in parent.named_children() if name in names]
@@ -69,5 +74,8 @@ def _read_at_answers(block: nn.Module) -> tuple[list[nn.Module], list[nn.Module]
     if len(attention) > 1:
         # One may read what another gives elsewhere.
         attention = []
-    outputs = [part for parent in attention for part in children(parent, OUTPUT)]
-    return children(block, ("mlp",)) + outputs, attention
+    outputs, queries = (
+        [part for parent in attention for part in children(parent, names)]
+        for names in (OUTPUT, QUERIES)
+    )
+    return children(block, ("mlp",)) + outputs, attention, queries

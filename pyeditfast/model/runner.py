@@ -135,6 +135,8 @@ class ModelRunner:
     tokens_per_pass: int | None = None
     graph_layers: int = 0
     packing_reason: str = field(default="not decided yet", init=False)
+    read_at_answers_alone: dict[nn.Module, bool] = field(default_factory=dict, init=False)
+    """What ``SuffixReplay`` found out about parts of the model."""
     _logits_of_head: bool | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:

@@ -8,16 +8,18 @@ it gave then, so that a forward pass costs what lies behind the module.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyeditfast.model.module_path import module_path
 from pyeditfast.model.packing import PackedLayout
 from pyeditfast.model.prefix import NotByTokenError, Prefix
-from pyeditfast.model.runner import Batch, ModelRunner, seen_by_answers
+from pyeditfast.model.runner import CHECK_TOLERANCE, Batch, ModelRunner, seen_by_answers
 
 
 class SuffixReplay:
@@ -37,6 +39,7 @@ class SuffixReplay:
         self._slots: Tensor | None = None
         self._prefix, self.batch = prefix, batch
         self._drop_unseen()
+        self._alone: dict[nn.Module, float] = dict.fromkeys(self._path.last, 0.0)
         self.batch = _reading_answers(self.batch, self._path.last_attention)
 
     @property
@@ -53,6 +56,26 @@ class SuffixReplay:
         with contextlib.suppress(NotByTokenError):
             self._prefix = self._prefix.at(slots, shape)
             self._slots, self.batch = slots.to(self.inputs.device), batch
+
+    def drop_queries(self, output: Tensor) -> None:
+        """From now on compute the last block's queries at answer positions alone, if nothing reads
+        them elsewhere: if the model gives the same logits for ``output`` with NaN there.
+        """
+        for part in self._path.last_queries:
+            known = self.runner.read_at_answers_alone
+            if part not in known:
+                expected = self._logits(output)
+                self._alone[part] = math.nan
+                difference = (self._logits(output) - expected).norm() / expected.norm()
+                # Written so that a NaN counts as a difference.
+                known[part] = bool(difference <= CHECK_TOLERANCE.get(self.runner.model.dtype, 0.0))
+                del self._alone[part]
+            if known[part]:
+                self._alone[part] = 0.0
+
+    def _logits(self, output: Tensor) -> Tensor:
+        with torch.no_grad(), self.giving(output):
+            return self.runner.answer_logits(self.batch).double()
 
     def answer_losses(self, output: Tensor) -> Tensor:
         """Return the losses at the answer positions ``[n]``, float32 or wider, if the module gives
@@ -72,7 +95,7 @@ class SuffixReplay:
             path.block: self._entering_block(),
             **{part: _again(part, outputs) for part, outputs in prefix.beside.items()},
             path.module: lambda entered: given,
-            **{part: self._only_at_answers(part) for part in path.last},
+            **{part: self._only_at_answers(part, fill) for part, fill in self._alone.items()},
         }
         with _computing(forwards):
             yield
@@ -85,8 +108,10 @@ class SuffixReplay:
 
         return forward
 
-    def _only_at_answers(self, part: nn.Module) -> Callable[..., Any]:
-        """Return a forward of ``part`` that computes the answer positions and gives 0 elsewhere."""
+    def _only_at_answers(self, part: nn.Module, elsewhere: float) -> Callable[..., Any]:
+        """Return a forward of ``part`` that computes the answer positions and gives ``elsewhere``
+        at the others.
+        """
         original = part.forward
         slots = self.batch.answer_slots
 
@@ -96,7 +121,7 @@ class SuffixReplay:
             result = original(rows.index_select(0, places).unsqueeze(0))
             # Mixtures of experts give their router's logits too.
             computed = (result[0] if isinstance(result, tuple) else result).squeeze(0)
-            everywhere = computed.new_zeros(rows.shape[0], computed.shape[-1])
+            everywhere = computed.new_full((rows.shape[0], computed.shape[-1]), elsewhere)
             filled = everywhere.index_copy(0, places, computed)
             output = filled.view(*hidden_states.shape[:-1], computed.shape[-1])
             return (output, *result[1:]) if isinstance(result, tuple) else output

@@ -54,6 +54,7 @@ def test_equals_the_whole_model(family, name):
     module = model.get_submodule(name)
     with frozen(model), torch.no_grad():
         replay = SuffixReplay(runner, name, batch)
+        replay.drop_queries(module(replay.inputs))
         for factor in (1.0, 1.1):
             module.weight.mul_(factor)
             expected = runner.answer_logits(batch)
@@ -161,7 +162,7 @@ def test_runs_nothing_before_the_module_again():
     ]
 
 
-@pytest.mark.parametrize("name", ["mlp", "self_attn.o_proj"])
+@pytest.mark.parametrize("name", ["mlp", "self_attn.o_proj", "self_attn.q_proj"])
 def test_what_the_last_block_needs_at_answer_positions_runs_there_alone(name):
     model = tiny_model("llama", layers=4)
     runner = ModelRunner(model, packing=True)
@@ -174,8 +175,10 @@ def test_what_the_last_block_needs_at_answer_positions_runs_there_alone(name):
 
     part.forward = counting
     replay = SuffixReplay(runner, "model.layers.1.mlp.down_proj", batch_for(runner))
+    output = torch.randn(replay.tokens, 32)
+    replay.drop_queries(output)
     rows.clear()
-    logits_of(replay, torch.zeros(replay.tokens, 32))
+    logits_of(replay, output)
     assert rows == [5]
 
 
@@ -201,19 +204,36 @@ def test_the_last_attention_answers_at_answer_positions_alone(monkeypatch):
     assert queries == [longest, answers]
 
 
-def test_queries_that_read_their_neighbours():
+@pytest.mark.parametrize("layout", ["packed", "left"])
+@pytest.mark.parametrize("neighbours", [False, True])
+def test_queries_are_dropped_where_nothing_reads_them(layout, neighbours):
     model = tiny_model("llama", layers=4)
-    # As a short convolution behind the projection does.
-    model.model.layers[3].self_attn.q_proj.register_forward_hook(
-        lambda module, inputs, output: output + output.roll(1, dims=1)
-    )
+    queries = model.model.layers[3].self_attn.q_proj
+    if neighbours:
+        # As a short convolution behind the projection does, however little of it.
+        queries.register_forward_hook(
+            lambda module, inputs, output: output + 1e-6 * output.roll(1, dims=1)
+        )
     runner = ModelRunner(model)
-    batch = batch_for(runner)
+    batch = batch_for(runner, layout)
     name = "model.layers.1.mlp.down_proj"
-    with frozen(model), torch.no_grad():
+    with frozen(model):
         replay = SuffixReplay(runner, name, batch)
-        found = logits_of(replay, model.get_submodule(name)(replay.inputs))
-        torch.testing.assert_close(found, runner.answer_logits(batch), rtol=1e-5, atol=1e-5)
+        output = model.get_submodule(name)(replay.inputs).detach().requires_grad_()
+        before = logits_of(replay, output)
+        (expected,) = torch.autograd.grad(before.square().sum(), output)
+        replay.drop_queries(output)
+        assert runner.read_at_answers_alone == {queries: not neighbours}
+        logits = logits_of(replay, output)
+        (grads,) = torch.autograd.grad(logits.square().sum(), output)
+    torch.testing.assert_close(logits, before, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(logits, before) or not neighbours
+    # What one pass found out serves the next.
+    again = SuffixReplay(runner, name, batch)
+    again._logits = None
+    again.drop_queries(output)
+    assert torch.equal(logits_of(again, output), logits)
 
 
 def test_a_last_block_that_attends_twice():
