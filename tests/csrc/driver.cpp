@@ -492,7 +492,7 @@ int main(int count, char** arguments) {
             product_function(1, 1, 1, type, layout);
             product_function(67, 131, 0, type, layout);
             product_function(67, 300, 29, type, layout);
-            product_function(35, 259, 901, type, layout);
+            product_function(35, 259, 457, type, layout);
         }
     }
     for (const bool biased : {false, true}) {
