@@ -78,7 +78,7 @@ def bench_one_edit(benchmark, contender, quirks, real_edits, tokenizer):
         other.n_iter = 2
         run()
         other.n_iter = STEPS
-        benchmark.pedantic(run, setup=fresh, rounds=2)
+        benchmark.pedantic(run, setup=fresh, rounds=3)
         return
 
     def fresh():
@@ -88,7 +88,7 @@ def bench_one_edit(benchmark, contender, quirks, real_edits, tokenizer):
         assert editor.edit([edit]).edits == 1
 
     ours(copy.deepcopy(base), tokenizer, quirks, steps=2).edit([edit])
-    benchmark.pedantic(run, setup=fresh, rounds=5)
+    benchmark.pedantic(run, setup=fresh, rounds=9)
     expected = theirs(base, tokenizer, quirks)
     expected.edit(edit.prompt, edit.target, edit.locality_prompt)
     main = editor.memories.main
