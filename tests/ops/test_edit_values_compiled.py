@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from layouts import LAYOUTS, lay_out, random_rows, same_bits
+from thread_counts import assert_same_bits_on_any_threads
 from tolerances import assert_as_accurate
 
 from pyeditfast.backends import backend
@@ -67,16 +68,8 @@ def test_empty(sizes):
 
 def test_thread_counts_give_the_same_bits():
     keys, grads, moments = case(300, 1031, 257, dtype=torch.bfloat16)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
-            with backend("cpp"):
-                results.append(edit_values(keys, grads, moments, 1e-6))
-    finally:
-        torch.set_num_threads(before)
-    assert all(same_bits(result, results[0]) for result in results)
+    with backend("cpp"):
+        assert_same_bits_on_any_threads(lambda: edit_values(keys, grads, moments, 1e-6))
 
 
 @pytest.mark.parametrize(

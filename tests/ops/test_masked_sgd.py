@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from layouts import LAYOUTS, bits, lay_out, random_rows, same_bits
+from thread_counts import assert_same_bits_on_any_threads
 from tolerances import assert_as_accurate
 
 from pyeditfast import reference
@@ -207,16 +208,8 @@ def test_rounding_is_to_nearest_even():
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_thread_counts_give_the_same_bits(layout):
     weight, grad, main = (lay_out(part, layout)[0] for part in tensors((301, 1023), torch.bfloat16))
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
-            with backend("cpp"):
-                results.append(op.masked_sgd_(weight.clone(), grad, main, **STEP))
-    finally:
-        torch.set_num_threads(before)
-    assert all(same_bits(result, results[0]) for result in results)
+    with backend("cpp"):
+        assert_same_bits_on_any_threads(lambda: op.masked_sgd_(weight.clone(), grad, main, **STEP))
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -305,17 +298,10 @@ def test_which_form_of_the_product_cpp_takes(monkeypatch):
 def test_thread_counts_give_the_same_bits_of_a_product(layout):
     weight, main = (lay_out(part, layout)[0] for part in tensors((301, 1023), torch.float32)[::2])
     output_grads, inputs = random_rows(500, 301, seed=8), random_rows(500, 1023, seed=9)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
-            with backend("cpp"):
-                step = op.masked_sgd_product_(weight.clone(), output_grads, inputs, main, **STEP)
-            results.append(step)
-    finally:
-        torch.set_num_threads(before)
-    assert all(same_bits(result, results[0]) for result in results)
+    with backend("cpp"):
+        assert_same_bits_on_any_threads(
+            lambda: op.masked_sgd_product_(weight.clone(), output_grads, inputs, main, **STEP)
+        )
 
 
 @pytest.mark.parametrize("name", BACKENDS)

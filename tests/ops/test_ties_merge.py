@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from layouts import LAYOUTS, lay_out, random_rows, same_bits
+from thread_counts import assert_same_bits_on_any_threads
 from tolerances import assert_as_accurate
 
 from pyeditfast import reference
@@ -180,16 +181,8 @@ def test_all_equal():
 def test_thread_counts_give_the_same_bits(layout):
     main, sides = memories((301, 1023), torch.bfloat16)
     main, *sides = (lay_out(part, layout)[0] for part in (main, *sides))
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
-            with backend("cpp"):
-                results.append(op.ties_merge(main, sides, 0.53))
-    finally:
-        torch.set_num_threads(before)
-    assert all(same_bits(result, results[0]) for result in results)
+    with backend("cpp"):
+        assert_same_bits_on_any_threads(lambda: op.ties_merge(main, sides, 0.53))
 
 
 def test_backend_on_the_cpu():
