@@ -1,7 +1,6 @@
 #include "apply_shift.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "float16_arrays.h"
 #include "float_types.h"
@@ -251,14 +250,7 @@ int check(const pyeditfast_matrix* weight, const pyeditfast_matrix* shift,
                     "stochastic rounding is for 16-bit weights; weight has element type %d",
                     weight->type);
     }
-    if (offset < 0 || offset > std::numeric_limits<std::int64_t>::max() - rows * columns) {
-        return fail(kInvalidArgument, message,
-                    "offset must be >= 0 and offset + elements below 2^63, got offset %lld for "
-                    "%lld x %lld",
-                    static_cast<long long>(offset), static_cast<long long>(rows),
-                    static_cast<long long>(columns));
-    }
-    return pyeditfast::kOk;
+    return pyeditfast::check_offset(offset, rows, columns, message);
 }
 
 }  // namespace

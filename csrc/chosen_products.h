@@ -1,7 +1,7 @@
 // Some of the products of two lists of vectors.
 //
 // Of a matrix product of which a random part is asked for, a dense one computes the rest too; here
-// each number is a sum of its own, and costs about twice what it costs there.
+// each number is a sum of its own, which costs more than it does there but only where it is wanted.
 #pragma once
 
 #include <cstdint>

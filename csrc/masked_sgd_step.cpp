@@ -1,7 +1,5 @@
 #include "masked_sgd_step.h"
 
-#include <limits>
-
 #include "philox.h"
 #include "status.h"
 #include "vector_clones.h"
@@ -50,14 +48,10 @@ int check_masked_step(const pyeditfast_matrix* weight, const pyeditfast_matrix* 
     if (status == kOk && main != nullptr) {
         status = check_matrix("main", main, rows, columns, false, message);
     }
-    if (status != kOk) return status;
-    if (offset < 0 || offset > std::numeric_limits<std::int64_t>::max() - rows * columns) {
-        return fail(kInvalidArgument, message,
-                    "offset must be >= 0 and offset + elements below 2^63, got offset %lld for "
-                    "%lld x %lld",
-                    static_cast<long long>(offset), static_cast<long long>(rows),
-                    static_cast<long long>(columns));
+    if (status == kOk) {
+        status = check_offset(offset, rows, columns, message);
     }
+    if (status != kOk) return status;
     if (!(step.ratio >= 0.0f && step.ratio <= 1.0f)) {
         return fail(kInvalidArgument, message, "ratio must be in [0, 1], got %g",
                     static_cast<double>(step.ratio));

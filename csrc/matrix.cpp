@@ -45,6 +45,14 @@ int check_sizes(std::int64_t rows, std::int64_t columns, int threads, Message me
     return kOk;
 }
 
+int check_offset(std::int64_t offset, std::int64_t rows, std::int64_t columns, Message message) {
+    if (offset >= 0 && offset <= kLargest - rows * columns) return kOk;
+    return fail(kInvalidArgument, message,
+                "offset must be >= 0 and offset + elements below 2^63, got offset %lld for %lld x %lld",
+                static_cast<long long>(offset), static_cast<long long>(rows),
+                static_cast<long long>(columns));
+}
+
 int check_matrix(const char* name, const pyeditfast_matrix* matrix, std::int64_t rows,
                  std::int64_t columns, bool written, Message message) {
     const auto strides = [=](const char* format) {

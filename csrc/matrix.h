@@ -31,6 +31,9 @@ inline std::int64_t element_size(int type) { return type == kFloat32 ? 4 : 2; }
 // Requires rows and columns of 0 or more whose product fits, and at least one thread.
 int check_sizes(std::int64_t rows, std::int64_t columns, int threads, Message message);
 
+// Requires that elements numbered from `offset` on have numbers below 2^63. Call check_sizes first.
+int check_offset(std::int64_t offset, std::int64_t rows, std::int64_t columns, Message message);
+
 // Requires a known type, an aligned address wherever there are elements, and strides of 0 or more
 // that stay inside the address space; of a matrix that is written also that its lines lie one
 // behind the other. Call check_sizes first.
