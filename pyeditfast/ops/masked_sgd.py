@@ -21,6 +21,7 @@ from pyeditfast.reference.random_mask import check_arguments
 
 CANDIDATES = (
     triton_candidate("masked_sgd"),
+    # The newest function that the two ops need.
     cpp_candidate("masked_sgd_product"),
     Candidate("torch", always),
     Candidate("reference", always),
