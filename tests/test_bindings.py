@@ -37,7 +37,7 @@ class Call:
         shape = (ROWS, COLUMNS)
         self.tensors = {
             name: torch.linspace(-1, 1, ROWS * COLUMNS).reshape(shape).to(dtype).clone()
-            for name in ("weight", "grad", "main", "x", "base", "out", "side", "other", "left")
+            for name in ("weight", "grad", "main", "x", "base", "out", "side", "other")
         }
         self.tensors["side"] *= 2
         self.tensors["right"] = torch.ones(COLUMNS, TOKENS)
@@ -133,7 +133,7 @@ def test_bad_matrices(function, name, changes, message):
     assert call.changed(before) == []
 
 
-@pytest.mark.parametrize("function", ["masked_sgd", "ties_merge"])
+@pytest.mark.parametrize("function", ["masked_sgd", "masked_sgd_product", "ties_merge"])
 @pytest.mark.parametrize(
     "strides", [(0, 1), (1, 1), (3, 1), (4, 0), (0, 0), (1, 2), (2, 3), (1, 0)]
 )
@@ -153,10 +153,14 @@ def test_written_elements_that_share_memory_or_interleave(function, strides):
 @pytest.mark.parametrize("strides", [(1, 3), (4, 1), (5, 1), (8, 2), (1, 4)])
 def test_written_elements_that_do_not(strides):
     call = Call()
-    buffer = torch.zeros(32)
-    for function in ("masked_sgd", "ties_merge"):
+    for function in ("masked_sgd", "masked_sgd_product", "ties_merge"):
+        # Far from everything that is written.
+        buffer = torch.full((32,), 7.0)
         out = (buffer.data_ptr(), *strides, extension.FLOAT32)
         call(function, **{WRITTEN[function]: out})
+        written = torch.zeros(32, dtype=torch.bool)
+        written.as_strided((ROWS, COLUMNS), strides).fill_(True)
+        assert torch.equal(buffer != 7.0, written), function
 
 
 @pytest.mark.parametrize("function", MATRICES)

@@ -48,6 +48,14 @@ def almost_singular_in_float32() -> tuple[torch.Tensor, torch.Tensor]:
     return matrix.float(), torch.block_diag(*inverses)
 
 
+def test_exact_solutions_are_exact():
+    # Odd numbers, so that the right-hand side is exact too; float64 alone loses digits.
+    rows = torch.randint(-3, 4, (2, 30, 30), generator=torch.Generator().manual_seed(0)).double()
+    gram, solution = rows @ rows.mT + 60 * torch.eye(30), 2 * rows[..., :4] + 1
+    assert torch.equal(exact_solution(gram, gram @ solution), solution)
+    assert not torch.equal(torch.linalg.solve(gram, gram @ solution), solution)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_is_as_accurate_as_linalg_solve(dtype, shape):

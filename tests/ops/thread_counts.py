@@ -19,4 +19,5 @@ def assert_same_bits_on_any_threads(run: Callable[[], Tensor]) -> None:
             results.append(run())
     finally:
         torch.set_num_threads(before)
+    assert results[0].count_nonzero() > 0
     assert all(same_bits(result, results[0]) for result in results)
